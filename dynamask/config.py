@@ -1,0 +1,203 @@
+"""Typed configuration: what a model is, what it learns from and how. Presets are tables of numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from runtime.errors import InputError
+
+GRIDS: tuple[int, int, int, int] = (14, 28, 56, 112)
+"""The four mask resolutions, tiny to large (paper, section 3.2)."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Strict):
+    """The model's sizes. The defaults are `r50`, the paper's."""
+
+    preset: str = "r50"
+    backbone: Literal["resnet50", "efficientnet_lite0"] = "resnet50"
+    canvas: tuple[int, int] = (800, 1344)
+    """Height and width of the letterboxed input, pixels, divisible by 32."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    fpn_channels: int = 256
+    stage_channels: tuple[int, int, int, int] = (256, 128, 64, 32)
+    """Channels of L_tiny, L_small, L_medium, L_large."""
+    class_agnostic_largest: bool = False
+    """One mask logit for all classes at 112 x 112."""
+    box_features: int = 1024
+    anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
+    """Anchor side in pixels at P2..P6."""
+    proposals_per_level: int = 1000
+    """Anchors kept per level before NMS, at inference."""
+    proposals: int = 1000
+    """Proposals kept after NMS, at inference."""
+    proposals_training: int = 2000
+    rois_per_image: int = 512
+    """RoIs sampled for the box loss, a quarter of them positive."""
+    mask_rois_per_image: int = 128
+    """At most this many positives an image reach the mask branch in training."""
+    detections: int = 100
+    """K, the fixed number of detection slots of the exported graph."""
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    frozen_stages: int = 2
+    """Backbone stages without gradient: 0 none, 1 the stem, 2 also the first stage."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if any(side % 32 or side < 64 for side in self.canvas):
+            raise ValueError(f"canvas {self.canvas} must be multiples of 32, 64 at least")
+        return self
+
+
+class DataConfig(_Strict):
+    """What is learnt from and judged on: COCO files, or `shapes`, generated when the run starts."""
+
+    kind: Literal["shapes", "coco"] = "shapes"
+    train_annotations: Path | None = None
+    train_images: Path | None = None
+    val_annotations: Path | None = None
+    val_images: Path | None = None
+    shapes_train: int = 2000
+    """Generated images to learn from (kind `shapes`)."""
+    shapes_val: int = 200
+    shapes_seed: int = 0
+    scale_jitter: tuple[float, float] = (0.8, 1.0)
+    """Range of the image's scale relative to the canvas, sampled per image in training."""
+    flip: bool = True
+    workers: int = 0
+
+
+class TrainConfig(_Strict):
+    """The recipe (paper, section 4.1)."""
+
+    batch: int = 16
+    warm_epochs: float = 1.0
+    """Phase 1: no MSM, the mask loss at all four grids."""
+    epochs: float = 12.0
+    """Phase 2: all modules."""
+    rate: float = 0.02
+    """Learning rate at a batch of 16; scaled in proportion to the batch."""
+    drops: tuple[float, ...] = (8.0, 11.0)
+    """Epochs of phase 2 after which the rate falls tenfold."""
+    warmup_steps: int = 500
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip_norm: float = 10.0
+    edge_weight: float = 0.1
+    """lambda 1 of Eq. 7."""
+    regularisation_weight: float = 0.4
+    """lambda 2 of Eq. 7."""
+    budget: float = 1.0
+    """C_t of Eq. 5 as the share of the largest grid's cost is `budget / 1.4`: it is given in the paper's unit, in which 112 x 112 costs 1.40."""
+    temperature: float = 1.0
+    """tau of Eq. 2."""
+    msm_rate_factor: float = 1.0
+    """The MSM's learning rate over the others'."""
+    seed: int = 0
+    checkpoint_every: int = 500
+    """Steps between checkpoints (one is also written at each epoch's end and on Ctrl-C)."""
+    evaluate_every: float = 1.0
+    """Epochs between evaluations; 0 evaluates only at the end."""
+    evaluate_images: int = 100
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+
+
+class Config(_Strict):
+    """One training run, whole."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    weights: str = "imagenet"
+    """`imagenet`, `none`, or a file: backbone weights (`.pth`, `.safetensors`) or a DynaMask checkpoint."""
+
+
+R50 = ModelConfig()
+LITE0 = ModelConfig(
+    preset="lite0",
+    backbone="efficientnet_lite0",
+    canvas=(320, 320),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    fpn_channels=64,
+    stage_channels=(64, 32, 16, 8),
+    box_features=256,
+    anchor_sizes=(16, 32, 64, 128, 256),
+    proposals_per_level=300,
+    proposals=200,
+    proposals_training=400,
+    rois_per_image=64,
+    mask_rois_per_image=8,
+)
+
+PRESETS: dict[str, ModelConfig] = {"r50": R50, "lite0": LITE0}
+
+CONFIGS: dict[str, Config] = {
+    "r50-coco": Config(data=DataConfig(kind="coco")),
+    "lite0-shapes": Config(
+        model=LITE0.model_copy(update={"frozen_stages": 4, "mask_rois_per_image": 5}),
+        data=DataConfig(kind="shapes", shapes_train=8000, workers=1),
+        train=TrainConfig(
+            batch=4, rate=0.05, warmup_steps=100, warm_epochs=0.45, epochs=0.65, drops=(0.45, 0.58), budget=0.7, msm_rate_factor=3.0
+        ),
+    ),
+    "lite0-coco": Config(
+        model=LITE0.model_copy(update={"canvas": (384, 384)}),
+        data=DataConfig(kind="coco"),
+        train=TrainConfig(batch=8, rate=0.04, warmup_steps=100, msm_rate_factor=3.0),
+    ),
+}
+"""Named configurations, for `dynamask train --config NAME`."""
+
+
+def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> Config:
+    """A named configuration or a YAML file, with `{"train.epochs": 3}`-style overrides applied.
+
+    Raises:
+        InputError: no such name or file, not YAML, or a field that does not exist or does not fit.
+    """
+    if name_or_file in CONFIGS:
+        tree = CONFIGS[name_or_file].model_dump(mode="json")
+    else:
+        path = Path(name_or_file)
+        if not path.is_file():
+            raise InputError(f"{name_or_file} is neither a file nor one of the configurations {', '.join(CONFIGS)}.")
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}; write fields as in docs/training.md.") from error
+        if not isinstance(tree, dict):
+            raise InputError(f"{path} holds no fields at its top level; write model:, data:, train: sections.")
+    for key, value in (overrides or {}).items():
+        node = tree
+        *folders, leaf = key.split(".")
+        for folder in folders:
+            node = node.setdefault(folder, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{key} names no field: {folder} holds a value, not fields.")
+        node[leaf] = value
+    return parse_config(tree, name_or_file)
+
+
+def parse_config(tree: Any, where: str) -> Config:
+    """Validate plain data as a `Config`.
+
+    Raises:
+        InputError: names the first field that does not fit and where it stood.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{where}: {field}: {first['msg']} (given: {first.get('input')!r}).") from error

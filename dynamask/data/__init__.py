@@ -1,0 +1,1 @@
+"""Data sets in COCO format, the `shapes` generator, and the canvas the model sees."""

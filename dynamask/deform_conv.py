@@ -1,0 +1,49 @@
+"""3 x 3 deformable convolution, version 1 (Dai et al., ICCV 2017): one offset group, no modulation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+TAPS = 9
+
+
+class DeformConv2d(nn.Module):
+    """Deformable convolution whose offsets come from outside: `(x [N, C, H, W], offset [N, 18, H, W]) -> [N, out, H, W]`.
+
+    Stride 1, padding 1. Offsets are in pixels, `(dy, dx)` for each of the nine taps in row order, torchvision's layout.
+    torchvision's operator does the work, except where autograd needs a CPU backward pass: there
+    `sampled_deform_conv2d` computes the same function about ten times faster (docs/results/deform-conv-cpu.md).
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        self.weight = convolution.weight
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return sampled_deform_conv2d(x, offset, self.weight, self.bias)
+        return deform_conv2d(x, offset, self.weight, self.bias, padding=1)
+
+
+def sampled_deform_conv2d(x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`torchvision.ops.deform_conv2d(x, offset, weight, bias, padding=1)` as one bilinear sampling and one product.
+
+    Shapes: x `[N, C, H, W]`, offset `[N, 18, H, W]` pixels, weight `[out, C, 3, 3]`, bias `[out]` -> `[N, out, H, W]`.
+    """
+    n, channels, height, width = x.shape
+    offset = offset.view(n, TAPS, 2, height, width)
+    tap = torch.arange(TAPS, device=x.device)
+    rows = torch.arange(height, device=x.device)[None, :, None] + (tap // 3 - 1)[:, None, None] + offset[:, :, 0]
+    columns = torch.arange(width, device=x.device)[None, None, :] + (tap % 3 - 1)[:, None, None] + offset[:, :, 1]
+    positions = torch.stack([columns * (2 / (width - 1)) - 1, rows * (2 / (height - 1)) - 1], dim=-1)
+    samples = F.grid_sample(x, positions.view(n, TAPS * height, width, 2), padding_mode="zeros", align_corners=True)
+    # A batched product: PyTorch's 1 x 1 convolution is six times slower on such tall inputs.
+    samples = samples.view(n, channels * TAPS, height * width)
+    product = torch.baddbmm(bias[None, :, None], weight.flatten(1).expand(n, -1, -1), samples)
+    return product.view(n, weight.shape[0], height, width)

@@ -1,0 +1,113 @@
+"""The Mask Switch Module (paper, section 3.2): which of the four grids an instance needs, and how a budget bends that choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MSM, SIZE_BASED = -1, 4
+"""Values of `grid_override` beside 0..3, which force that grid."""
+
+
+class SqueezeExcitation(nn.Module):
+    """Channel attention (Hu et al., CVPR 2018): `[N, C, H, W] -> [N, C, H, W]`."""
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(channels // reduction, 8)
+        self.squeeze = nn.Linear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean(dim=(2, 3))))))
+        return x * scale[:, :, None, None]
+
+
+class MaskSwitch(nn.Module):
+    """MSM: the RoI feature `[N, C, 14, 14]` -> logits over the four grids `[N, 4]` (Figure 4: SE block, two convolutions, two FC)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        width = max(channels // 4, 32)
+        self.attention = SqueezeExcitation(channels)
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.fc1 = nn.Linear(width * 7 * 7, 128)
+        self.fc2 = nn.Linear(128, 4)
+        for layer in (self.conv1, self.conv2, self.fc1):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.fc2.weight, std=0.01)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, region: Tensor) -> Tensor:
+        x = F.relu(self.conv2(F.relu(self.conv1(self.attention(region)))))
+        logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return logits
+
+
+def route(log_probabilities: Tensor, costs: Tensor, budget: Tensor, sizes: Tensor, override: Tensor) -> Tensor:
+    """The grid of each instance, 0..3, at inference.
+
+    `argmax_k (log p_k - lambda c_k)` with lambda the smallest for which the mean cost keeps to the budget. The mean cost falls in
+    steps as lambda rises, and steps only where some instance is indifferent between two grids, so that trying those values finds
+    lambda exactly. With no budget lambda is 0: the paper's argmax (Eq. 1). A budget below the smallest grid's cost gives the smallest grid.
+
+    Args:
+        log_probabilities: `[N, 4]`; log p of Eq. 1.
+        costs: `[4]`, ascending, GMAC an instance.
+        budget: `[]`, mean GMAC an instance; none where it is 0 or less.
+        sizes: `[N]`, the side of the box over the side of the canvas, `sqrt(w h / (w0 h0))`, for the size-based rule.
+        override: `[N] int64`: `MSM`, `SIZE_BASED` (Eq. 8), or a grid 0..3. Only instances left to the MSM count for the budget.
+
+    Returns:
+        `[N] int64`.
+    """
+    free = (override == MSM).to(log_probabilities.dtype)
+    weight = free / free.sum().clamp(min=1.0)
+    lambdas = _indifference(log_probabilities, costs)
+    grids = torch.argmax(log_probabilities[None] - lambdas[:, None, None] * costs, dim=-1)
+    mean_cost = (costs[grids] * weight).sum(dim=1)
+    feasible = (mean_cost <= budget * (1 + 1e-6)) | (budget <= 0)
+    # The last candidate sends every instance to the smallest grid: where even that is too dear it is still the best there is.
+    chosen = torch.where(feasible, lambdas, lambdas.max()).min()
+    routed = torch.argmax(log_probabilities - chosen * costs, dim=-1)
+    grids = torch.where(override == SIZE_BASED, size_based_grid(sizes), routed)
+    return torch.where((override >= 0) & (override < SIZE_BASED), override, grids)
+
+
+def _indifference(log_probabilities: Tensor, costs: Tensor) -> Tensor:
+    """Every lambda, a hair above, at which an instance changes its grid: `[1 + 6 N + 1]`, 0 first and one beyond all last."""
+    lower, upper = torch.triu_indices(4, 4, offset=1, device=costs.device)
+    pairs = (log_probabilities[:, upper] - log_probabilities[:, lower]) / (costs[upper] - costs[lower])
+    pairs = pairs.clamp(min=0).flatten() * (1 + 1e-5) + 1e-6
+    zero = torch.zeros(1, dtype=pairs.dtype, device=pairs.device)
+    beyond = torch.cat([pairs, zero]).max()[None] + 1.0
+    return torch.cat([zero, pairs, beyond])
+
+
+def size_based_grid(sizes: Tensor) -> Tensor:
+    """The size-based rule (Eq. 8), `floor(4 + log2(size))` held to 0..3: `[N] -> [N] int64`."""
+    return torch.floor(4 + torch.log2(sizes.clamp(min=1e-6))).clamp(0, 3).to(torch.int64)
+
+
+def gumbel_noise(shape: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Samples of Gumbel(0, 1), `-log(-log u)`."""
+    uniform = torch.rand(tuple(shape), device=device).clamp(1e-10, 1 - 1e-7)
+    return -torch.log(-torch.log(uniform))
+
+
+def straight_through(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """The switching state y (Eq. 2): one-hot of the largest noisy log-probability forward, the Gumbel-softmax's gradient backward.
+
+    Args:
+        logits: `[N, K]`, the MSM's.
+        noise: `[N, K]`, samples of Gumbel(0, 1) (`gumbel_noise`).
+        temperature: tau of Eq. 2.
+    """
+    soft = torch.softmax((torch.log_softmax(logits, dim=-1) + noise) / temperature, dim=-1)
+    hard = F.one_hot(soft.argmax(dim=-1), soft.shape[-1]).to(soft.dtype)
+    return hard + soft - soft.detach()

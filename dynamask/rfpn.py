@@ -1,0 +1,80 @@
+"""The region-level FPN (paper, section 3.1): from a 14 x 14 RoI feature, three stages up to 112 x 112."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynamask.config import GRIDS
+from dynamask.fam import FeatureAggregation
+from dynamask.roi import roi_align
+
+STAGE_LEVELS: tuple[int, int, int] = (4, 3, 2)
+"""The i-FPN level that each stage (28, 56, 112) is fused with."""
+
+
+class RegionFPN(nn.Module):
+    """r-FPN: `tiny` makes L_tiny from the RoI feature, `stage(k, …)` makes the feature of grid `GRIDS[k]` from that of `GRIDS[k - 1]`.
+
+    The i-FPN levels that the stages need are reduced to the stages' channels on the pyramid, once an image (`lateral`).
+    """
+
+    def __init__(self, pyramid_channels: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.tiny = nn.Sequential(
+            nn.Conv2d(pyramid_channels, channels[0], 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels[0], channels[0], 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+        self.laterals = nn.ModuleList(nn.Conv2d(pyramid_channels, c, 1) for c in channels[1:])
+        self.stages = nn.ModuleList(FeatureAggregation(channels[k], channels[k + 1]) for k in range(3))
+        for layer in [*self.tiny, *self.laterals]:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+
+    def lateral(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
+        """P2..P5 `[B, C, H_l, W_l]` -> the maps that stages 1, 2, 3 crop from, at their channels (P4, P3, P2)."""
+        return [F.relu(layer(pyramid[level - 2])) for layer, level in zip(self.laterals, STAGE_LEVELS, strict=True)]
+
+    def stage(self, k: int, region: Tensor, lateral: Tensor, rois: Tensor) -> Tensor:
+        """The feature `[N, C_k, GRIDS[k], GRIDS[k]]` of stage `k` in 1..3, for instances `rois [N, 5]` (batch index, xyxy pixels)."""
+        # One sample a bin: every stage's bins are no wider than a cell of its pyramid level for boxes of up to 448 pixels a side.
+        crop = roi_align(lateral, rois, GRIDS[k], stride=2 ** STAGE_LEVELS[k - 1], samples=1)
+        features: Tensor = self.stages[k - 1](region, crop)
+        return features
+
+
+class GridHeads(nn.Module):
+    """Mask logits and edge logits at the four grids, from 1 x 1 convolutions.
+
+    `masks[k]` has one channel a class, or one in all at 112 x 112 where the model is class-agnostic there.
+    """
+
+    def __init__(self, channels: Sequence[int], classes: int, class_agnostic_largest: bool) -> None:
+        super().__init__()
+        outputs = [classes, classes, classes, 1 if class_agnostic_largest else classes]
+        self.masks = nn.ModuleList(nn.Conv2d(c, o, 1) for c, o in zip(channels, outputs, strict=True))
+        self.edges = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in channels)
+        for layer in [*self.masks, *self.edges]:
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def mask_logits(self, k: int, features: Tensor, labels: Tensor) -> Tensor:
+        """The logits `[N, G, G]` of each instance's own class (`labels [N]`, from 0), and of no other."""
+        n, channels, height, width = features.shape
+        layer: nn.Conv2d = self.masks[k]  # type: ignore[assignment]
+        rows = labels if layer.out_channels > 1 else torch.zeros_like(labels)
+        weight = layer.weight.view(layer.out_channels, 1, channels).index_select(0, rows)
+        bias = layer.bias.index_select(0, rows)[:, None, None]  # type: ignore[union-attr]
+        logits = torch.matmul(weight, features.flatten(2)) + bias
+        return logits.reshape(-1, height, width)
+
+    def edge_logits(self, k: int, features: Tensor) -> Tensor:
+        """Edge logits `[N, G, G]`."""
+        edges: Tensor = self.edges[k](features)
+        return edges[:, 0]

@@ -1,0 +1,1 @@
+"""Training: the two phases, checkpoints, resuming, evaluation by epoch."""

@@ -1,0 +1,89 @@
+"""Average precision of a model during training: PyTorch, image by image, with the runtime's letterbox, masks and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynamask.config import GRIDS, Config
+from dynamask.data.coco import CocoDataset
+from dynamask.data.shapes import ShapesDataset
+from dynamask.inference import predict
+from dynamask.model import DynaMask
+from dynamask.msm import MSM
+from runtime.coco_metrics import evaluate_coco
+from runtime.instances import ClassName, Instances
+from runtime.preprocess import letterbox_normalise
+
+
+def evaluate(
+    model: DynaMask,
+    dataset: ShapesDataset | CocoDataset,
+    config: Config,
+    images: int | None = None,
+    budget: float | None = None,
+    grid: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """AP of the model on the first `images` images of a data set; the model is back in its mode afterwards.
+
+    Args:
+        budget: mean GMAC per instance to route by; None for the paper's argmax.
+        grid: one of `GRIDS` for every instance; None lets the MSM decide.
+        stop: asked before each image.
+
+    Returns:
+        `segm` and `bbox` (AP, AP50, AP75, AP_S, AP_M, AP_L, times 100), `share` of each grid among the detections, `images`,
+        `detections`; None if `stop` said so.
+    """
+    count = len(dataset) if images is None else min(images, len(dataset))
+    results: list[dict[str, Any]] = []
+    image_ids: list[int] = []
+    grids: list[int] = []
+    training = model.training
+    model.eval()
+    try:
+        for index in range(count):
+            if stop():
+                return None
+            image, target = dataset[index]
+            found = detect(model, image, config, dataset.classes, budget, grid)
+            image_ids.append(int(target["image_id"]))
+            results += found.to_coco(image_ids[-1])
+            grids += found.grids.tolist()
+    finally:
+        model.train(training)
+    figures = evaluate_coco(dataset.coco_dict, results, ("bbox", "segm"), image_ids)
+    share = {str(side): grids.count(side) / max(len(grids), 1) for side in GRIDS}
+    return {**figures, "share": share, "images": count, "detections": len(results)}
+
+
+def detect(
+    model: DynaMask,
+    image: npt.NDArray[np.uint8],
+    config: Config,
+    classes: Sequence[dict[str, Any]],
+    budget: float | None = None,
+    grid: int | None = None,
+) -> Instances:
+    """The instances in an image `[H, W, 3] uint8` RGB, found by the PyTorch model in evaluation mode; boxes in the image's pixels."""
+    device = next(model.parameters()).device
+    canvas, scale = letterbox_normalise(image, *config.model.canvas, config.model.mean, config.model.std)
+    output = predict(model, torch.from_numpy(canvas).to(device), budget or 0.0, MSM if grid is None else GRIDS.index(grid))
+    filled = output.scores > 0
+    logits: dict[int, npt.NDArray[np.float32]] = {}
+    for slots, crops in zip(output.slots, output.logits, strict=True):
+        logits.update(zip(slots.tolist(), crops.float().cpu().numpy(), strict=True))
+    return Instances(
+        boxes=(output.boxes[filled] / scale).cpu().numpy(),
+        scores=output.scores[filled].cpu().numpy(),
+        labels=output.labels[filled].cpu().numpy(),
+        grids=np.array(GRIDS)[output.grids[filled].cpu().numpy()],
+        logits=[logits[slot] for slot in filled.nonzero()[:, 0].tolist()],
+        size=(image.shape[0], image.shape[1]),
+        classes=[ClassName(entry["id"], entry["name"]) for entry in classes],
+    )

@@ -1,0 +1,97 @@
+"""What a step of training is: its phase, its learning rate, its images and its seed, all functions of the step's number alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Sampler
+
+from dynamask.config import TrainConfig
+
+
+def mixed_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part, and for which nearby parts give unrelated seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of a run over a data set of `images` images: phase 1 (no MSM), then phase 2 (paper, section 4.1)."""
+
+    config: TrainConfig
+    images: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; the rest of the images waits for another epoch's order."""
+        return max(1, self.images // self.config.batch)
+
+    @property
+    def warm_steps(self) -> int:
+        """Steps of phase 1."""
+        return round(self.config.warm_epochs * self.steps_per_epoch)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of both phases."""
+        return self.warm_steps + round(self.config.epochs * self.steps_per_epoch)
+
+    def phase(self, step: int) -> int:
+        """1 while the MSM waits, 2 afterwards."""
+        return 1 if step < self.warm_steps else 2
+
+    def epoch(self, step: int) -> float:
+        """Epochs of both phases done before `step`."""
+        return step / self.steps_per_epoch
+
+    def rate(self, step: int) -> float:
+        """Learning rate: in proportion to the batch, linear warm-up over the first steps, a tenth after each drop."""
+        phase_epoch = (step - self.warm_steps) / self.steps_per_epoch
+        drops = sum(phase_epoch >= drop for drop in self.config.drops)
+        warmup = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps > 0 else 1.0
+        return self.config.rate * self.config.batch / 16 * warmup * 0.1**drops
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due once `step` steps are done."""
+        every = round(self.config.evaluate_every * self.steps_per_epoch)
+        return step == self.total_steps or (self.config.evaluate_every > 0 and step > 0 and step % max(1, every) == 0)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due once `step` steps are done."""
+        periodic = self.config.checkpoint_every > 0 and step % self.config.checkpoint_every == 0
+        return periodic or step % self.steps_per_epoch == 0 or self.evaluates(step)
+
+    def seed(self, step: int) -> int:
+        """The seed of the step's own randomness (sampled RoIs, Gumbel noise)."""
+        return mixed_seed(self.config.seed, "step", step)
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of `(image index, epoch)` from `first_step` to the schedule's last.
+
+    Each epoch has its own order, drawn from the seed and the epoch alone, so that a run resumed at any step meets the same images.
+    """
+
+    def __init__(self, schedule: Schedule, first_step: int) -> None:
+        self.schedule = schedule
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return max(0, self.schedule.total_steps - self.first_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batch, per_epoch = self.schedule.config.batch, self.schedule.steps_per_epoch
+        order: list[int] = []
+        for step in range(self.first_step, self.schedule.total_steps):
+            epoch, position = divmod(step, per_epoch)
+            if position == 0 or not order:
+                order = self._order(epoch)
+            yield [(index, epoch) for index in order[position * batch : (position + 1) * batch]]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mixed_seed(self.schedule.config.seed, "epoch", epoch))
+        return torch.randperm(self.schedule.images, generator=generator).tolist()

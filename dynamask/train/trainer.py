@@ -1,0 +1,419 @@
+"""The training loop: two phases, checkpoints, exact resuming, evaluation by epoch (paper, section 4.1)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cv2
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.utils.data import DataLoader, Dataset
+
+from dynamask.config import Config
+from dynamask.data.canvas import CanvasDataset, collate
+from dynamask.data.coco import CocoDataset
+from dynamask.data.shapes import ShapesDataset
+from dynamask.model import DynaMask, build_model
+from dynamask.train.checkpoint import (
+    TrainingState,
+    is_checkpoint,
+    load_checkpoint,
+    load_state,
+    load_tensors,
+    restore_momentum,
+    save_checkpoint,
+    save_state,
+    start_from,
+)
+from dynamask.train.evaluate import evaluate
+from dynamask.train.log import ProgressReport, RunLog, losses_by_epoch
+from dynamask.train.schedule import Schedule, StepSampler
+from dynamask.weights import load_backbone
+from runtime.errors import DynaMaskError, InputError
+from runtime.files import atomic_path, write_json
+
+UNIFORM_GRIDS = (14, 112)
+"""Grids that the finished model is also judged at, beside the routed one."""
+VAL_SEED_OFFSET = 1_000_003
+"""Between the seed of the shapes to learn from and that of the shapes to judge on."""
+FREE_FIELDS = {
+    "train": {"epochs", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "threads"},
+    "data": {"workers"},
+}
+"""Fields that may change when a run is resumed: none of them alters the steps already done."""
+
+
+def train(config: Config, output: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train a model and leave everything in `output`: `config.yaml`, `model.safetensors` (the latest), `best.safetensors` (by mask AP),
+    `state.safetensors` (to resume from), `log.jsonl`, `tensorboard/`, `metrics.json`.
+
+    The samples, their augmentation and all other randomness depend only on the seed, the epoch and the step, so that a resumed
+    run does the steps that an uninterrupted one would have done (bit for bit on the CPU). SIGINT and SIGTERM end the run after
+    the current step, with everything saved.
+
+    Returns:
+        What `metrics.json` holds: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
+        grid), `checkpoint`, `best`, `seconds`.
+
+    Raises:
+        InputError: the output folder holds another run, there is nothing to resume, or the data cannot be used.
+        DynaMaskError: a loss is not finite, or a file cannot be written; the last checkpoint is kept.
+    """
+    state = _state_to_resume(config, output, resume)
+    if config.train.threads > 0:
+        torch.set_num_threads(config.train.threads)
+    with _interruption() as interruption, ProgressReport(quiet) as report:
+        run = _Run.prepared(config, output, state, report, interruption)
+        return run.to_the_end()
+
+
+class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """Items on the canvas by `(index, epoch)`, so that a loader's workers need not be told when an epoch begins."""
+
+    def __init__(self, dataset: ShapesDataset | CocoDataset, config: Config) -> None:
+        model, data = config.model, config.data
+        self.classes = dataset.classes
+        self.items = CanvasDataset(
+            dataset,
+            *model.canvas,
+            model.mean,
+            model.std,
+            train=True,
+            seed=config.train.seed,
+            scale_jitter=data.scale_jitter,
+            flip=data.flip,
+        )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
+        index, epoch = key
+        self.items.set_epoch(epoch)
+        return self.items[index]
+
+
+@dataclass
+class _Interruption:
+    """Set by the first SIGINT or SIGTERM."""
+
+    requested: bool = False
+
+    def __call__(self) -> bool:
+        return self.requested
+
+
+@dataclass
+class _Run:
+    """One run, between two of its steps."""
+
+    config: Config
+    output: Path
+    schedule: Schedule
+    model: DynaMask
+    optimizer: torch.optim.Optimizer
+    scaler: GradScaler
+    train_set: TrainingItems
+    val_set: ShapesDataset | CocoDataset
+    report: ProgressReport
+    interruption: _Interruption
+    step: int = 0
+    seconds: float = 0.0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def prepared(
+        cls, config: Config, output: Path, state: TrainingState | None, report: ProgressReport, interruption: _Interruption
+    ) -> _Run:
+        """Data, model and optimiser, at the beginning or where `state` left off."""
+        train_set, val_set = _train_set(config), _val_set(config)
+        if train_set.classes != val_set.classes:
+            raise InputError(f"{config.data.val_annotations} has other classes than {config.data.train_annotations}: use one list in both.")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(config.train.seed)
+        model = build_model(config, val_set.classes)
+        if state is None:
+            _initialise(model, config.weights, report)
+        else:
+            load_tensors(model, state.weights, output / "state.safetensors")
+        model.to(device)
+        optimizer = torch.optim.SGD(_parameter_groups(model, config), lr=0.0, momentum=config.train.momentum)
+        scaler = GradScaler(device.type, enabled=device.type == "cuda")
+        run = cls(
+            config, output, Schedule(config.train, len(train_set)), model, optimizer, scaler, train_set, val_set, report, interruption
+        )
+        if state is not None:
+            restore_momentum(model, optimizer, state.momentum)
+            if state.scaler:
+                scaler.load_state_dict(state.scaler)
+            run.step, run.seconds, run.evaluations = (state.progress[name] for name in ("step", "seconds", "evaluations"))
+        return run
+
+    def to_the_end(self) -> dict[str, Any]:
+        """Step until the schedule ends or a signal comes, and write what was found."""
+        started = time.monotonic() - self.seconds
+        self._write_config()
+        log = RunLog(self.output, self.step)
+        try:
+            self.report.start(self.step, self.schedule.total_steps)
+            for images, targets in self._batches():
+                self._evaluate_if_due(log)
+                if self.interruption():
+                    break
+                record = self._take_step(images, targets)
+                self.seconds = time.monotonic() - started
+                log.step({**record, "seconds": round(self.seconds, 3)})
+                self.report.step(record, len(images))
+                if self.schedule.saves(self.step):
+                    self._save()
+            else:
+                self._evaluate_if_due(log)
+            self.seconds = time.monotonic() - started
+            return self._finish()
+        finally:
+            log.close()
+
+    def _batches(self) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
+        workers = self.config.data.workers
+        loader = DataLoader(
+            self.train_set,
+            batch_sampler=StepSampler(self.schedule, self.step),
+            collate_fn=collate,
+            num_workers=workers,
+            prefetch_factor=2 if workers else None,
+            worker_init_fn=_begin_worker,
+            pin_memory=self._device.type == "cuda",
+        )
+        yield from loader
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _take_step(self, images: Tensor, targets: list[dict[str, Any]]) -> dict[str, Any]:
+        """One step of SGD; returns its record, with `step` counted from 1."""
+        device, rate = self._device, self.schedule.rate(self.step)
+        torch.manual_seed(self.schedule.seed(self.step))
+        self.model.train()
+        self.model.phase = self.schedule.phase(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
+        images = images.to(device, non_blocking=True)
+        targets = [{name: target[name].to(device, non_blocking=True) for name in ("boxes", "labels", "masks")} for target in targets]
+        with torch.autocast(device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
+            losses: dict[str, Tensor] = self.model(images, targets)
+            total = torch.stack(list(losses.values())).sum()
+        values = dict(zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist(), strict=True))
+        self._check_finite(values)
+        self._descend(total)
+        record = {
+            "step": self.step + 1,
+            "epoch": round(self.schedule.epoch(self.step), 4),
+            "phase": self.schedule.phase(self.step),
+            "loss": sum(values.values()),
+            "losses": values,
+            "rate": rate,
+            "statistics": dict(self.model.statistics),
+        }
+        self.step += 1
+        return record
+
+    def _descend(self, total: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+        # With a scaler, a gradient that overflows is expected: it skips the step and lowers the scale.
+        if not self.scaler.is_enabled() and not math.isfinite(norm):
+            raise DynaMaskError(f"Step {self.step + 1}: the gradient is not finite (norm {float(norm)}); {self._way_out}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise DynaMaskError(f"Step {self.step + 1}: a loss is not finite ({shown}); {self._way_out}")
+
+    @property
+    def _way_out(self) -> str:
+        return f"the last checkpoint in {self.output} is kept: lower train.rate, or raise train.warmup_steps."
+
+    def _evaluate_if_due(self, log: RunLog) -> None:
+        """Judge the model if its step calls for it and that was not done yet: also true of a run that was stopped just before."""
+        if not self.schedule.evaluates(self.step) or any(entry["step"] == self.step for entry in self.evaluations):
+            return
+        figures = evaluate(self.model, self.val_set, self.config, self.config.train.evaluate_images, stop=self.interruption)
+        if figures is None:
+            return
+        entry = {"step": self.step, "epoch": self.schedule.epoch(self.step), **figures}
+        if self.step == self.schedule.total_steps:
+            uniform = {
+                str(grid): evaluate(
+                    self.model, self.val_set, self.config, self.config.train.evaluate_images, grid=grid, stop=self.interruption
+                )
+                for grid in UNIFORM_GRIDS
+            }
+            if None in uniform.values():
+                return
+            entry["uniform"] = uniform
+        if _mask_ap(entry) > max(map(_mask_ap, self.evaluations), default=-1.0):
+            self._save_checkpoint("best.safetensors", {"step": self.step, "epoch": entry["epoch"], "segm": entry["segm"]})
+        self.evaluations.append(entry)
+        self._save()
+        log.evaluation(entry)
+        self.report.message(f"epoch {entry['epoch']:.2f}: mask AP {_mask_ap(entry):.1f} on {entry['images']} images")
+
+    def _save(self) -> None:
+        """The state first: were the next write to fail, the run could still go on from here."""
+        progress = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations}
+        fields = {"config": self.config.model_dump(mode="json"), "classes": self.val_set.classes}
+        fields |= {"scaler": self.scaler.state_dict(), "progress": progress}
+        save_state(self.output / "state.safetensors", self.model, self.optimizer, fields)
+        self._save_checkpoint("model.safetensors", {"step": self.step, "epoch": self.schedule.epoch(self.step)})
+
+    def _save_checkpoint(self, name: str, extra: dict[str, Any]) -> None:
+        save_checkpoint(self.output / name, self.model, self.config, self.val_set.classes, extra)
+
+    def _write_config(self) -> None:
+        with atomic_path(self.output / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+    def _finish(self) -> dict[str, Any]:
+        interrupted = self.step < self.schedule.total_steps or not any(entry["step"] == self.step for entry in self.evaluations)
+        if interrupted:
+            self._save()
+            self.report.message(f"Stopped after step {self.step}; go on with: dynamask train --output {self.output} --resume")
+        best = self.output / "best.safetensors"
+        result = {
+            "steps": self.step,
+            "total_steps": self.schedule.total_steps,
+            "interrupted": interrupted,
+            "losses": losses_by_epoch(self.output),
+            "ap_by_epoch": [{name: value for name, value in entry.items() if name != "uniform"} for entry in self.evaluations],
+            "uniform": self.evaluations[-1].get("uniform") if self.evaluations else None,
+            "checkpoint": str(self.output / "model.safetensors"),
+            "best": str(best) if best.exists() else None,
+            "seconds": round(self.seconds, 1),
+        }
+        write_json(self.output / "metrics.json", result)
+        return result
+
+
+def _state_to_resume(config: Config, output: Path, resume: bool) -> TrainingState | None:
+    path = output / "state.safetensors"
+    if not resume:
+        if path.exists():
+            raise InputError(f"{output} already holds a run: pass --resume to go on with it, or choose another --output.")
+        return None
+    if not path.exists():
+        raise InputError(f"{path} does not exist: there is nothing to resume; leave --resume out to begin.")
+    state = load_state(path)
+    before, now = _fixed_fields(state.config), _fixed_fields(config)
+    changed = sorted(name for name in before if before[name] != now[name])
+    if changed:
+        first = changed[0]
+        raise InputError(
+            f"{output} was trained with {first} {before[first]}, not {now[first]}: resume with the same value, or choose another --output."
+        )
+    return state
+
+
+def _fixed_fields(config: Config) -> dict[str, str]:
+    sections = {"model": config.model, "data": config.data, "train": config.train}
+    return {
+        f"{section}.{name}": json.dumps(value)
+        for section, fields in sections.items()
+        for name, value in fields.model_dump(mode="json").items()
+        if name not in FREE_FIELDS.get(section, set())
+    }
+
+
+def _train_set(config: Config) -> TrainingItems:
+    data = config.data
+    if data.kind == "shapes":
+        return TrainingItems(ShapesDataset(data.shapes_train, data.shapes_seed, *config.model.canvas), config)
+    return TrainingItems(_coco_dataset("train", data.train_annotations, data.train_images), config)
+
+
+def _val_set(config: Config) -> ShapesDataset | CocoDataset:
+    data = config.data
+    if data.kind == "shapes":
+        judged = min(data.shapes_val, config.train.evaluate_images)
+        return ShapesDataset(judged, data.shapes_seed + VAL_SEED_OFFSET, *config.model.canvas)
+    return _coco_dataset("val", data.val_annotations, data.val_images)
+
+
+def _coco_dataset(part: str, annotations: Path | None, images: Path | None) -> CocoDataset:
+    if annotations is None or images is None:
+        raise InputError(f"data.{part}_annotations and data.{part}_images are not both given: --set them to the COCO file and its folder.")
+    return CocoDataset(annotations, images)
+
+
+def _initialise(model: DynaMask, source: str, report: ProgressReport) -> None:
+    """Weights to begin with: a DynaMask checkpoint's where they fit, else the backbone's."""
+    if is_checkpoint(source):
+        left = start_from(model, load_checkpoint(source), source)
+        report.message(f"Started from {source}; {left} tensors that did not fit begin afresh.")
+    else:
+        report.message(f"Started from {load_backbone(model, source)}.")
+
+
+def _parameter_groups(model: DynaMask, config: Config) -> list[dict[str, Any]]:
+    """Norms and biases (all that has one dimension) do not decay; the MSM has a rate of its own."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(("msm" in name, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": config.train.weight_decay if decays else 0.0,
+            "rate_factor": config.train.msm_rate_factor if msm else 1.0,
+        }
+        for (msm, decays), parameters in groups.items()
+    ]
+
+
+def _mask_ap(entry: dict[str, Any]) -> float:
+    return float(entry["segm"]["AP"] or 0.0)
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[_Interruption]:
+    """The first SIGINT or SIGTERM sets the flag; a second one acts as it would have without us."""
+    flag = _Interruption()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield flag
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        flag.requested = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _begin_worker(worker: int) -> None:
+    """Ctrl-C reaches the whole process group, but the parent still wants the batches; and OpenCV's threads do not survive a fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    cv2.setNumThreads(0)

@@ -1,0 +1,1 @@
+"""The way out of PyTorch: ONNX graph, parity with PyTorch, the bundle."""

@@ -1,0 +1,146 @@
+"""From a checkpoint to a bundle: the ONNX graph, its manifest, and how far it is from PyTorch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from dynamask.config import GRIDS, PRESETS, Config
+from dynamask.flops import MacCounter, grid_gmacs, msm_gmacs
+from dynamask.inference import detect
+from dynamask.model import DynaMask, build_model
+from dynamask.train.checkpoint import load_model
+from export.graph import export_graph
+from export.parity import measure_parity
+from runtime.bundle import MODEL, Bundle, Manifest
+from runtime.errors import DynaMaskError, InputError
+from runtime.images import read_image
+from runtime.preprocess import letterbox_normalise
+
+PARITY_IMAGES = 4
+"""Generated images that parity is measured on where no others are given."""
+
+
+def export_bundle(
+    checkpoint: str | os.PathLike[str],
+    bundle: str | os.PathLike[str],
+    canvas: tuple[int, int] | None = None,
+    parity_images: Sequence[Path] | None = None,
+) -> dict[str, Any]:
+    """Export a checkpoint to a bundle, and compare the graph in ONNX Runtime with the model in PyTorch.
+
+    Args:
+        checkpoint: a `.safetensors` file of `dynamask train`, or a preset's name (`r50`, `lite0`) for random weights, to measure speed with.
+        bundle: the folder to make; an earlier bundle there is replaced once the new one is whole.
+        canvas: height and width in pixels, multiples of 32; the checkpoint's own by default.
+        parity_images: compared on these; on generated shapes by default. Not with random weights, whose near-equal scores have no order.
+
+    Returns:
+        `bundle`, `bytes` of the graph, `canvas`, `operators` (name -> count), `gmacs`, `parity` (differences, `holds`), `precision`.
+
+    Raises:
+        InputError: the checkpoint or an image cannot be read, or the canvas does not fit.
+        DynaMaskError: the exported graph does not agree with PyTorch; no bundle is left.
+    """
+    model, trained = _model(checkpoint, canvas)
+    config = model.config.model
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, MODEL)
+        operators = export_graph(model, file, config.canvas)
+        manifest = _manifest(model)
+        if trained:
+            draft = Bundle.create(Path(folder, "bundle"), manifest, {MODEL: file})
+            manifest = manifest.model_copy(update={"parity": _parity(model, draft, parity_images)})
+        finished = Bundle.create(bundle, manifest, {MODEL: file})
+    return {
+        "bundle": str(bundle),
+        "bytes": finished.manifest.files[MODEL].bytes,
+        "canvas": list(config.canvas),
+        "precision": manifest.precision,
+        "operators": operators,
+        "gmacs": {**{str(g): c for g, c in manifest.grid_gmacs.items()}, "msm": manifest.msm_gmacs, "detector": manifest.detector_gmacs},
+        "parity": manifest.parity,
+    }
+
+
+def _model(checkpoint: str | os.PathLike[str], canvas: tuple[int, int] | None) -> tuple[DynaMask, bool]:
+    """The model in evaluation mode on the wanted canvas, and whether it was trained."""
+    trained = str(checkpoint) not in PRESETS or Path(checkpoint).exists()
+    if trained:
+        loaded, config, classes = load_model(checkpoint)
+        if canvas is None:
+            assert isinstance(loaded, DynaMask)
+            return loaded, True
+        state = loaded.state_dict()
+    else:
+        torch.manual_seed(0)
+        config = Config(model=PRESETS[str(checkpoint)])
+        classes = [{"id": i + 1, "name": f"class {i + 1}"} for i in range(80)]
+        state = {}
+    if canvas is not None:
+        if any(side % 32 or side < 64 for side in canvas):
+            raise InputError(f"--size {canvas[0]}x{canvas[1]} does not fit: height and width must be multiples of 32, 64 at least.")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"canvas": canvas})})
+    model = build_model(config, classes)
+    if state:
+        model.load_state_dict(state)
+    return model.eval(), trained
+
+
+def _manifest(model: DynaMask) -> Manifest:
+    config = model.config.model
+    with torch.inference_mode(), MacCounter(model) as counter:
+        detect(model, torch.zeros(1, 3, *config.canvas))
+    return Manifest.model_validate(
+        {
+            "preset": config.preset,
+            "classes": model.classes,
+            "canvas": config.canvas,
+            "mean": config.mean,
+            "std": config.std,
+            "detections": config.detections,
+            "score_threshold": config.score_threshold,
+            "grid_gmacs": dict(zip(GRIDS, grid_gmacs(model.mask_branch), strict=True)),
+            "msm_gmacs": msm_gmacs(model.mask_branch),
+            "detector_gmacs": counter.total(),
+            "versions": {"dynamask": _version(), "torch": torch.__version__, "onnx": onnx.__version__},
+        }
+    )
+
+
+def _parity(model: DynaMask, draft: Bundle, images: Sequence[Path] | None) -> dict[str, Any]:
+    from runtime.targets.base import open_engine
+    from runtime.targets.onnxruntime import build
+
+    build(draft)
+    with open_engine(draft, "onnxruntime") as engine:
+        parity = measure_parity(model, engine, _canvases(model, images)).as_dict()
+    if not parity["holds"]:
+        raise DynaMaskError(f"The exported graph does not agree with PyTorch ({parity}): no bundle was written; please report it.")
+    return parity
+
+
+def _canvases(model: DynaMask, images: Sequence[Path] | None) -> Iterable[npt.NDArray[np.float32]]:
+    from dynamask.data.shapes import draw_image
+
+    config = model.config.model
+    if images is None:
+        pixels = [draw_image(np.random.default_rng([7, i]), 320, 320)[0] for i in range(PARITY_IMAGES)]
+    else:
+        pixels = [read_image(path) for path in images]
+    for image in pixels:
+        yield letterbox_normalise(image, *config.canvas, config.mean, config.std)[0]
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("dynamask")

@@ -1,0 +1,1 @@
+"""Runs an exported DynaMask: bundles, engines, images, video, validation. Needs neither PyTorch nor the training code."""

@@ -1,0 +1,253 @@
+"""The bundle: a folder with a model, what is needed to run it, and engines built from it. Nothing in it is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from runtime.errors import InputError
+from runtime.files import atomic_path, sha256, unwritable, write_json
+from runtime.instances import GRIDS, ClassName
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or path.as_posix() in (".", MANIFEST):
+        raise ValueError(f"{name!r} is not the name of a file inside the bundle")
+    return name
+
+
+def _every_grid(costs: dict[int, float]) -> dict[int, float]:
+    if tuple(sorted(costs)) != GRIDS:
+        raise ValueError(f"costs are needed for the grids {GRIDS}")
+    return costs
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+"""A file's path inside the bundle, with forward slashes."""
+Side = Annotated[int, Field(gt=0, multiple_of=32)]
+Rgb = tuple[float, float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Strict):
+    """What a file must be."""
+
+    sha256: str
+    bytes: int
+
+
+class EngineEntry(_Strict):
+    """An engine built from the bundle's model."""
+
+    files: dict[FileName, FileEntry]
+    precision: str
+    versions: dict[str, str]
+    """Name -> version of what built it."""
+
+
+class Manifest(_Strict):
+    """What stands in `manifest.json`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    preset: str
+    """The model's: `lite0`, `r50`."""
+    files: dict[FileName, FileEntry] = Field(default_factory=dict)
+    """The bundle's files, engines aside; `Bundle.create` fills it."""
+    classes: list[ClassName]
+    """In the order of the model's labels."""
+    canvas: tuple[Side, Side]
+    """Height and width, pixels."""
+    mean: Rgb
+    std: Rgb
+    """Of `(x / 255 - mean) / std`, RGB."""
+    detections: Annotated[int, Field(gt=0)]
+    """K, the detection slots of the graph."""
+    score_threshold: float
+    grids: tuple[int, ...] = GRIDS
+    grid_gmacs: Annotated[dict[int, float], AfterValidator(_every_grid)]
+    """Grid -> counted cost of an instance that ends there, GMAC, cumulative."""
+    msm_gmacs: float
+    detector_gmacs: float | None = None
+    precision: str = "fp32"
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Name -> version of what made it."""
+    parity: dict[str, Any] | None = None
+    """How far the graph's outputs were from PyTorch's, when it was exported."""
+    engines: dict[str, EngineEntry] = Field(default_factory=dict)
+    """By target."""
+
+
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Bundle:
+        """Open a bundle; with `verify`, its model is read whole and compared with its hash (engines are when they are asked for).
+
+        Raises:
+            InputError: the folder or a file is missing, the manifest is none or of a newer schema, or a file is not the one it names.
+        """
+        path = Path(path)
+        bundle = cls(path, _read_manifest(path))
+        bundle._check(bundle.manifest.files, verify)
+        return bundle
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, str | os.PathLike[str]]) -> Bundle:
+        """Make a bundle of copies of `files` (name inside the bundle -> source); an existing bundle is replaced once the new one is whole.
+
+        Args:
+            manifest: its `files` and `engines` are set here.
+
+        Raises:
+            InputError: something other than a bundle or an empty folder stands at `path`.
+            DynaMaskError: the disk is full or the folder cannot be written.
+        """
+        path = Path(path).absolute()
+        _check_replaceable(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.mkdir(parents=True)
+            for name, source in files.items():
+                destination = temporary / _inside(name)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, destination)
+            entries = {name: _file_entry(temporary / name) for name in files}
+            manifest = manifest.model_copy(update={"files": entries, "engines": {}})
+            _write_manifest(temporary, manifest)
+            _replace_folder(temporary, path)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls(path, manifest)
+
+    def add_engine(self, target: str, files: Mapping[str, bytes | Path], precision: str, versions: Mapping[str, str]) -> EngineEntry:
+        """Put an engine under `engines/<target>/`, in place of an earlier one for that target.
+
+        Args:
+            files: name inside that folder -> content, or a file to copy.
+            precision: `fp32`, …
+            versions: name -> version of what built it.
+
+        Raises:
+            DynaMaskError: the disk is full or the folder cannot be written; the bundle then has no engine for the target.
+        """
+        # While its files change the manifest knows no such engine, so an interruption leaves a bundle without it, not one that is refused.
+        others = {name: entry for name, entry in self.manifest.engines.items() if name != target}
+        self._set_engines(others)
+        folder = self.path / "engines" / target
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, content in files.items():
+            with atomic_path(folder / _inside(name)) as temporary:
+                if isinstance(content, bytes):
+                    temporary.write_bytes(content)
+                else:
+                    shutil.copyfile(content, temporary)
+        entries = {f"engines/{target}/{name}": _file_entry(folder / name) for name in files}
+        entry = EngineEntry(files=entries, precision=precision, versions=dict(versions))
+        self._set_engines({**others, target: entry})
+        return entry
+
+    def engine(self, target: str, verify: bool = True) -> EngineEntry:
+        """The engine for a target, with `verify` its files compared with their hashes; `bundle.path / name` for `name` in its `files`.
+
+        Raises:
+            InputError: it was not built, or a file of it is missing or not the one the manifest names.
+        """
+        entry = self.manifest.engines.get(target)
+        if entry is None:
+            built = f" (built: {', '.join(self.manifest.engines)})" if self.manifest.engines else ""
+            raise InputError(
+                f"{self.path} holds no engine for {target}{built}: not built; run dynamask build-engine {self.path} --target {target}."
+            )
+        self._check(entry.files, verify, f"build it again with dynamask build-engine {self.path} --target {target}.")
+        return entry
+
+    def _set_engines(self, engines: dict[str, EngineEntry]) -> None:
+        manifest = self.manifest.model_copy(update={"engines": engines})
+        _write_manifest(self.path, manifest)
+        self.manifest = manifest
+
+    def _check(self, files: Mapping[str, FileEntry], verify: bool, remedy: str = "export the bundle again.") -> None:
+        for name, entry in files.items():
+            file = self.path / name
+            try:
+                size = file.stat().st_size if file.is_file() else None
+                fits = size == entry.bytes and (not verify or sha256(file) == entry.sha256)
+            except OSError as error:
+                raise InputError(f"{file} could not be read ({error.strerror}); check its permissions.") from error
+            if size is None:
+                raise InputError(f"{file} is missing; {remedy}")
+            if not fits:
+                raise InputError(f"{file} was changed or damaged: its size or SHA-256 is not what the manifest says; {remedy}")
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder; give a bundle, as dynamask export writes it.")
+    file = path / MANIFEST
+    if not file.is_file():
+        raise InputError(f"{path} holds no {MANIFEST}, so it is not a bundle; make one with dynamask export.")
+    try:
+        fields = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} could not be read as JSON ({error}); export the bundle again.") from error
+    version = fields.get("schema_version") if isinstance(fields, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise InputError(f"{file} is of schema {version}, and this version reads up to {SCHEMA_VERSION}; update dynamask or export again.")
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "its content"
+        raise InputError(f"{file} is not a bundle's manifest: {field}: {first['msg']}; export the bundle again.") from error
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def _file_entry(path: Path) -> FileEntry:
+    return FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_dir():
+        if not (path / MANIFEST).is_file() and any(path.iterdir()):
+            raise InputError(f"{path} is a folder that is not a bundle, so it is not replaced; give another folder.")
+    elif path.exists():
+        raise InputError(f"{path} is a file; give a folder for the bundle.")
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = new.with_name(new.name + ".old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""The one result type of the runtime: what was found in an image, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import supervision
+
+    from runtime.paste import Crop
+
+GRIDS: tuple[int, int, int, int] = (14, 28, 56, 112)
+"""The mask grids, tiny to large (paper, section 3.2): index k of the graph is a grid of `GRIDS[k]` cells a side."""
+
+
+@dataclass(frozen=True)
+class ClassName:
+    """A class as COCO numbers and names it."""
+
+    id: int
+    name: str
+
+
+@dataclass(eq=False)
+class Instances:
+    """N instances of one image, by falling score."""
+
+    boxes: npt.NDArray[np.float32]
+    """`[N, 4]`, xyxy in the image's pixels."""
+    scores: npt.NDArray[np.float32]
+    """`[N]`, 0 to 1."""
+    labels: npt.NDArray[np.int64]
+    """`[N]`, index into `classes`."""
+    grids: npt.NDArray[np.int64]
+    """`[N]`: 14, 28, 56 or 112, the mask grid that each instance got."""
+    logits: Sequence[npt.NDArray[np.float32]]
+    """N mask logits, `[g, g]` each, g as in `grids`."""
+    size: tuple[int, int]
+    """The image's height and width, pixels."""
+    classes: Sequence[ClassName]
+    times_ms: dict[str, float] = field(default_factory=dict)
+    """What finding them took, milliseconds: `preprocess`, `detector`, `masks`."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, index: int | slice | npt.NDArray[Any] | Sequence[int]) -> Instances:
+        """The instances at an index, a slice, a list of indices or a boolean mask `[N]`, in that order."""
+        chosen = np.atleast_1d(np.arange(len(self))[index])
+        return Instances(
+            boxes=self.boxes[chosen],
+            scores=self.scores[chosen],
+            labels=self.labels[chosen],
+            grids=self.grids[chosen],
+            logits=[self.logits[i] for i in chosen],
+            size=self.size,
+            classes=self.classes,
+            times_ms=self.times_ms,
+        )
+
+    @cached_property
+    def _crops(self) -> list[Crop]:
+        from runtime.paste import mask_crop
+
+        return [mask_crop(logits, box, *self.size) for logits, box in zip(self.logits, self.boxes, strict=True)]
+
+    def crops(self) -> Iterator[Crop]:
+        """Per instance `(x0, y0, mask [h, w] bool)`: its mask within its box, the first pixel being the image's `(x0, y0)`.
+
+        Computed once, when first asked for.
+        """
+        yield from self._crops
+
+    @property
+    def masks(self) -> npt.NDArray[np.bool_]:
+        """`[N, height, width]`, drawn when asked for: N images large."""
+        masks = np.zeros((len(self), *self.size), bool)
+        for mask, (x0, y0, crop) in zip(masks, self.crops(), strict=True):
+            mask[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = crop
+        return masks
+
+    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO results, one a detection: `image_id category_id bbox` (xywh, pixels) `score segmentation` (compressed RLE) and `grid`."""
+        from runtime.paste import encode_crop
+
+        return [
+            {
+                "image_id": image_id,
+                "category_id": self.classes[label].id,
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "score": score,
+                "segmentation": encode_crop(crop, *self.size),
+                "grid": grid,
+            }
+            for box, label, score, grid, crop in zip(
+                self.boxes.tolist(), self.labels.tolist(), self.scores.tolist(), self.grids.tolist(), self.crops(), strict=True
+            )
+        ]
+
+    def to_supervision(self) -> supervision.Detections:
+        """As `supervision.Detections`, with masks drawn, and `grid` and `class_name` in its `data`.
+
+        Raises:
+            InputError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            from runtime.errors import InputError
+
+            raise InputError("supervision is not installed; install it with pip install supervision.") from error
+        return supervision.Detections(
+            xyxy=self.boxes,
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels.astype(int),
+            data={"grid": self.grids, "class_name": np.array([self.classes[label].name for label in self.labels], dtype=str)},
+        )

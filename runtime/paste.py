@@ -1,0 +1,75 @@
+"""From an instance's mask logits to the pixels it covers: crops the size of the box, never a full image of floats per instance."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+Crop = tuple[int, int, npt.NDArray[np.bool_]]
+"""`x0, y0` of the crop's first pixel in the image, and the mask inside it."""
+
+
+class Rle(TypedDict):
+    """A COCO run-length encoding: `[height, width]` and the compressed counts."""
+
+    size: list[int]
+    counts: str
+
+
+def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]], height: int, width: int) -> Crop:
+    """The pixels of a mask, as a crop of the `height x width` image.
+
+    Probabilities are sampled bilinearly at pixel centres, cell i of the grid standing at `x0 + (i + 0.5) w / g` and zeros outside it, as
+    torchvision's and Detectron2's pasting do; a pixel belongs to the mask above 0.5. So no pixel whose centre is outside the box can.
+
+    Args:
+        logits: `[g, g] float32`.
+        box: `[4]`, xyxy in the image's pixels; may exceed the image.
+
+    Returns:
+        `(x0, y0, mask [h, w] bool)`: the pixels of the image whose centres are in the box; `h` or `w` is 0 where there are none.
+    """
+    grid = logits.shape[0]
+    x0, y0, x1, y1 = (float(value) for value in box)
+    first = np.clip(np.ceil([x0 - 0.5, y0 - 0.5]), 0, [width, height]).astype(int)
+    last = np.clip(np.ceil([x1 - 0.5, y1 - 0.5]), first, [width, height]).astype(int)
+    columns, rows = (int(count) for count in last - first)
+    left, top = int(first[0]), int(first[1])
+    if not columns or not rows:
+        return left, top, np.zeros((rows, columns), bool)
+    step_x, step_y = grid / (x1 - x0), grid / (y1 - y0)
+    to_grid = np.array(
+        [[step_x, 0, (left + 0.5 - x0) * step_x - 0.5], [0, step_y, (top + 0.5 - y0) * step_y - 0.5]],
+        np.float64,
+    )
+    probabilities = 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
+    sampled = cv2.warpAffine(probabilities, to_grid, (columns, rows), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    return left, top, sampled > 0.5
+
+
+def encode_crop(crop: Crop, height: int, width: int) -> Rle:
+    """COCO's run-length encoding of a crop's mask in its `height x width` image, without drawing that image.
+
+    The same string as `pycocotools.mask.encode` gives for the full mask.
+    """
+    from pycocotools import mask as coco_mask
+
+    x0, y0, mask = crop
+    # Column by column, each closed by a zero, so that every run starts and ends within its column.
+    columns = np.zeros((mask.shape[1], mask.shape[0] + 1), bool)
+    columns[:, :-1] = mask.T
+    flat = columns.ravel()
+    column, row = np.divmod(np.flatnonzero(flat != np.concatenate([[False], flat[:-1]])), columns.shape[1])
+    edges = (column + x0) * height + row + y0
+    # A run that fills its column to the image's bottom goes on at the top of the next one.
+    if mask.shape[0] == height and len(edges):
+        joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
+        edges = np.delete(edges, np.concatenate([joined, joined + 1]))
+    counts = np.diff(np.concatenate([[0], edges, [height * width]]))
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}

@@ -1,0 +1,49 @@
+"""From an image to the canvas the model sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+
+def letterbox_scale(height: int, width: int, canvas_height: int, canvas_width: int) -> tuple[float, int, int]:
+    """The one factor by which an image is scaled to fit the canvas, and its height and width there: 1 pixel at least, pixels."""
+    scale = min(canvas_height / height, canvas_width / width)
+    return scale, max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def letterbox_normalise(
+    image: npt.NDArray[np.uint8],
+    height: int,
+    width: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    out: npt.NDArray[np.float32] | None = None,
+) -> tuple[npt.NDArray[np.float32], float]:
+    """The image scaled to fit, at the top left of the canvas, as `(x / 255 - mean) / std`; zeros in the rest.
+
+    Pixels are averaged where the image shrinks and interpolated bilinearly where it grows.
+
+    Args:
+        image: `[h, w, 3] uint8` RGB.
+        height, width: the canvas, pixels.
+        mean, std: per channel, of values from 0 to 1.
+        out: `[1, 3, height, width] float32` to write into.
+
+    Returns:
+        `[1, 3, height, width] float32`, and the scale: canvas pixels per image pixel.
+    """
+    scale, rows, columns = letterbox_scale(image.shape[0], image.shape[1], height, width)
+    content = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    if out is None:
+        out = np.empty((1, 3, height, width), np.float32)
+    out[..., rows:, :] = 0
+    out[..., :rows, columns:] = 0
+    for channel, plane in enumerate(cv2.split(content)):
+        values = out[0, channel, :rows, :columns]
+        np.multiply(plane, np.float32(1 / (255 * std[channel])), out=values)
+        values -= np.float32(mean[channel] / std[channel])
+    return out, scale

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dynamask.data.canvas import CanvasDataset, collate, to_canvas
+from dynamask.data.shapes import ShapesDataset
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def scene() -> tuple[np.ndarray, dict]:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    masks = np.zeros((2, 40, 60), np.uint8)
+    masks[0, 10:30, 6:36] = 1
+    masks[1, 5, 5] = 1
+    boxes = np.float32([[6, 10, 36, 30], [5, 5, 6, 6]])
+    return image, {"image_id": 4, "boxes": boxes, "labels": np.array([3, 1]), "masks": masks}
+
+
+def test_an_image_that_fits_is_only_normalised_and_padded_with_zeros():
+    image, target = scene()
+    canvas, placed = to_canvas(image, target, 64, 60, MEAN, STD)
+    assert canvas.shape == (3, 64, 60)
+    assert canvas.dtype == torch.float32
+    expected = ((image / 255 - MEAN) / STD).transpose(2, 0, 1)
+    np.testing.assert_allclose(canvas[:, :40].numpy(), expected, atol=1e-5)
+    assert not canvas[:, 40:].any()
+    # The instance of one pixel is left out.
+    assert placed["labels"].tolist() == [3]
+    assert placed["boxes"].tolist() == [[6, 10, 36, 30]]
+    np.testing.assert_array_equal(placed["masks"][0, :40], target["masks"][0])
+    assert placed["image_id"] == 4
+    assert placed["scale"] == 1.0
+
+
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_boxes_and_masks_follow_the_scale(factor):
+    image, target = scene()
+    _, placed = to_canvas(image, target, int(40 * factor), 200, MEAN, STD)
+    assert placed["scale"] == factor
+    np.testing.assert_array_equal(placed["boxes"][0], np.array([6, 10, 36, 30]) * factor)
+    assert placed["masks"][0].sum() == target["masks"][0].sum() * factor**2
+
+
+def test_the_canvas_is_the_runtimes_letterbox():
+    from runtime import preprocess
+
+    image = np.random.default_rng(1).integers(0, 256, (123, 211, 3), dtype=np.uint8)
+    target = {"image_id": 0, "boxes": np.zeros((0, 4)), "labels": np.zeros(0), "masks": np.zeros((0, 123, 211), np.uint8)}
+    for height, width in ((96, 96), (320, 416)):
+        canvas, placed = to_canvas(image, target, height, width, MEAN, STD)
+        boxed, scale = preprocess.letterbox(image, height, width)
+        rows, columns = round(123 * scale), round(211 * scale)
+        expected = preprocess.normalise(boxed, MEAN, STD)[0]
+        assert placed["scale"] == scale
+        np.testing.assert_allclose(canvas[:, :rows, :columns].numpy(), expected[:, :rows, :columns], atol=1e-5)
+        # The runtime pads with the mean rounded to uint8.
+        np.testing.assert_allclose(canvas.numpy(), expected, atol=0.5 / 255 / min(STD) + 1e-5)
+
+
+def test_a_flip_mirrors_image_masks_and_boxes_together():
+    image, target = scene()
+    plain, kept = to_canvas(image, target, 40, 60, MEAN, STD)
+    for seed in range(20):
+        canvas, placed = to_canvas(image, target, 40, 60, MEAN, STD, np.random.default_rng(seed), flip=True)
+        if not torch.equal(canvas, plain):
+            break
+    assert torch.equal(canvas, plain.flip(2))
+    assert torch.equal(placed["masks"], kept["masks"].flip(2))
+    assert placed["boxes"].tolist() == [[24, 10, 54, 30]]
+
+
+def test_jitter_beyond_the_canvas_crops_and_boxes_stay_inside():
+    image, target = scene()
+    for seed in range(5):
+        canvas, placed = to_canvas(image, target, 32, 64, MEAN, STD, np.random.default_rng(seed), scale_jitter=(1.5, 2.5))
+        assert canvas.shape == (3, 32, 64)
+        for box, mask in zip(placed["boxes"], placed["masks"], strict=True):
+            x0, y0, x1, y1 = box.int().tolist()
+            assert 0 <= x0 < x1 <= 64
+            assert 0 <= y0 < y1 <= 32
+            assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0
+
+
+def test_training_items_depend_on_seed_epoch_and_index_alone():
+    def item(epoch: int, before: int) -> torch.Tensor:
+        dataset = CanvasDataset(ShapesDataset(3, 1, 96, 96), 96, 96, MEAN, STD, train=True, seed=5, scale_jitter=(0.6, 1.0), flip=True)
+        dataset.set_epoch(epoch)
+        for index in range(before):
+            dataset[index]
+        return dataset[2][0]
+
+    assert torch.equal(item(epoch=1, before=0), item(epoch=1, before=2))
+    assert not torch.equal(item(epoch=1, before=0), item(epoch=2, before=0))
+
+
+def test_images_without_instances_are_validated_on_but_not_learnt_from():
+    image, target = scene()
+    empty = {
+        "image_id": 5,
+        "boxes": np.zeros((0, 4), np.float32),
+        "labels": np.zeros(0, np.int64),
+        "masks": np.zeros((0, 40, 60), np.uint8),
+    }
+
+    class TwoImages:
+        indices_with_instances = [0]  # noqa: RUF012
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, dict]:
+            return image, (target, empty)[index]
+
+    assert len(CanvasDataset(TwoImages(), 64, 64, MEAN, STD, train=True)) == 1
+    validation = CanvasDataset(TwoImages(), 64, 64, MEAN, STD, train=False)
+    images, targets = collate([validation[i] for i in range(len(validation))])
+    assert images.shape == (2, 3, 64, 64)
+    assert targets[1]["boxes"].shape == (0, 4)
+    assert targets[1]["masks"].shape == (0, 64, 64)
+    assert targets[1]["labels"].dtype == torch.int64

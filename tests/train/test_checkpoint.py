@@ -1,0 +1,122 @@
+"""Checkpoints are read back as they were written, and what is not one is refused in a sentence."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from dynamask.config import CONFIGS
+from dynamask.train import checkpoint as checkpoints
+from runtime.errors import DynaMaskError, InputError
+
+CONFIG = CONFIGS["lite0-shapes"]
+CLASSES = [{"id": 3, "name": "star"}, {"id": 7, "name": "gear"}]
+
+
+def small_model(width: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width)).to(memory_format=torch.channels_last)
+
+
+def test_a_checkpoint_holds_weights_config_and_classes(tmp_path: Path) -> None:
+    model = small_model()
+    checkpoints.save_checkpoint(tmp_path / "m.safetensors", model, CONFIG, CLASSES, {"step": 5})
+    read = checkpoints.load_checkpoint(tmp_path / "m.safetensors")
+    assert (read.config, read.classes, read.extra) == (CONFIG, CLASSES, {"step": 5})
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read.tensors[name], tensor)
+        assert read.tensors[name].dtype == tensor.dtype
+
+
+def test_half_a_checkpoint_is_rounded_to_float16_and_read_as_float32(tmp_path: Path) -> None:
+    model = small_model()
+    checkpoints.save_checkpoint(tmp_path / "m.safetensors", model, CONFIG, CLASSES, half=True)
+    read = checkpoints.load_checkpoint(tmp_path / "m.safetensors").tensors
+    assert read["0.weight"].dtype == torch.float32
+    assert torch.equal(read["0.weight"], model.state_dict()["0.weight"].half().float())
+    assert read["1.num_batches_tracked"].dtype == torch.int64
+
+
+def test_momentum_survives(tmp_path: Path) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    state = {"config": CONFIG.model_dump(mode="json"), "classes": CLASSES, "scaler": {}, "progress": {"step": 1}}
+    checkpoints.save_state(tmp_path / "state.safetensors", model, optimizer, state)
+
+    other = small_model()
+    fresh = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    read = checkpoints.load_state(tmp_path / "state.safetensors")
+    checkpoints.load_tensors(other, read.weights, "state.safetensors")
+    checkpoints.restore_momentum(other, fresh, read.momentum)
+    assert read.progress == {"step": 1}
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(optimizer.state[mine]["momentum_buffer"], fresh.state[theirs]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "newer", "state"])
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "m.safetensors"
+    checkpoints.save_checkpoint(path, small_model(), CONFIG, CLASSES)
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "truncated":
+        path.write_bytes(content[:-10])
+    elif damage == "text":
+        path.write_bytes(b"not a checkpoint at all")
+    elif damage == "foreign":
+        safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+    elif damage == "newer":
+        path.write_bytes(content.replace(b'"format":"1"', b'"format":"9"'))
+    else:
+        optimizer = torch.optim.SGD(small_model().parameters(), lr=0.1)
+        checkpoints.save_state(path, small_model(), optimizer, {"config": {}, "classes": [], "scaler": {}, "progress": {}})
+    with pytest.raises(InputError, match=r"m\.safetensors"):
+        checkpoints.load_checkpoint(path)
+
+
+def test_tensors_that_do_not_fit_are_named() -> None:
+    with pytest.raises(InputError, match=r"f\.safetensors: the tensor 0\.bias is \[6\] where the model has \[4\]"):
+        checkpoints.load_tensors(small_model(), small_model(6).state_dict(), "f.safetensors")
+    short = {name: tensor for name, tensor in small_model().state_dict().items() if name != "1.bias"}
+    with pytest.raises(InputError, match=r"lacks the tensor 1\.bias"):
+        checkpoints.load_tensors(small_model(), short, "f.safetensors")
+
+
+def test_fine_tuning_takes_what_fits(tmp_path: Path) -> None:
+    class Segmenter(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 3), nn.Linear(3, classes)
+
+    source, target = Segmenter(2), Segmenter(5)
+    checkpoints.save_checkpoint(tmp_path / "m.safetensors", source, CONFIG, CLASSES)
+    left = checkpoints.start_from(target, checkpoints.load_checkpoint(tmp_path / "m.safetensors"), "m.safetensors")
+    assert left == 2
+    assert torch.equal(target.body.weight, source.body.weight)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.safetensors"
+    checkpoints.save_checkpoint(path, small_model(), CONFIG, CLASSES, {"step": 1})
+
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DynaMaskError, match="No space left"):
+        checkpoints.save_checkpoint(path, small_model(), CONFIG, CLASSES, {"step": 2})
+    assert checkpoints.load_checkpoint(path).extra == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.safetensors"]

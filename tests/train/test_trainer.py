@@ -1,0 +1,217 @@
+"""Training runs: exact resuming, Ctrl-C, losses that explode, and what is left in the output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dynamask.config import Config, load_config
+from dynamask.train import trainer
+from dynamask.train.checkpoint import load_checkpoint, load_model, load_state
+from dynamask.train.log import RunLog
+from runtime.errors import DynaMaskError, InputError
+
+TINY = {
+    "weights": "none",
+    "model.canvas": [64, 64],
+    "model.fpn_channels": 16,
+    "model.stage_channels": [16, 8, 8, 8],
+    "model.box_features": 16,
+    "model.anchor_sizes": [8, 16, 32, 64, 128],
+    "model.proposals_training": 50,
+    "model.proposals_per_level": 20,
+    "model.proposals": 20,
+    "model.rois_per_image": 16,
+    "model.mask_rois_per_image": 4,
+    "model.detections": 5,
+    "data.shapes_train": 6,
+    "data.shapes_val": 1,
+    "data.workers": 0,
+    "train.batch": 2,
+    "train.rate": 0.05,
+    "train.warm_epochs": 1,
+    "train.epochs": 1,
+    "train.warmup_steps": 2,
+    "train.evaluate_every": 0,
+    "train.evaluate_images": 1,
+}
+
+
+def tiny(**overrides: Any) -> Config:
+    return load_config("lite0-shapes", TINY | {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+class StandIn(nn.Module):
+    """As small as a model can be that draws random numbers, has a switch and tells its phase."""
+
+    def __init__(self, config: Config, classes: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.body, self.msm, self.norm = nn.Conv2d(3, 2, 3), nn.Linear(2, 4), nn.BatchNorm2d(2)
+        self.phase, self.statistics = 2, {"share_14": 0.5}
+
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        assert {"boxes", "labels", "masks"} <= set(targets[0])
+        features = self.norm(self.body(images)).mean(dim=(2, 3)) + torch.randn(len(images), 2)
+        losses = {"loss_mask": features.square().mean()}
+        if self.phase == 2:
+            losses["loss_budget"] = self.msm(features).square().mean()
+        return losses
+
+
+@pytest.fixture
+def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the evaluation, which has a test of its own."""
+    figures = {"segm": {"AP": 1.0, "AP_L": None}, "bbox": {"AP": 2.0}, "share": {"14": 1.0}, "images": 1, "detections": 1}
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: dict(figures))
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, unjudged: None) -> None:
+    """Replace the model too."""
+    monkeypatch.setattr(trainer, "build_model", StandIn)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
+    """Send this process a signal while that step is being logged."""
+    write = RunLog.step
+
+    def log_and_signal(self: RunLog, record: dict[str, Any]) -> None:
+        write(self, record)
+        if record["step"] == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(RunLog, "step", log_and_signal)
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> list[dict[str, float]]:
+    return [line["losses"] for line in lines(output)]
+
+
+@pytest.mark.usefixtures("unjudged")
+def test_a_resumed_run_of_the_model_repeats_the_straight_one_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = trainer.train(tiny(), tmp_path / "straight", quiet=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=2)
+        stopped = trainer.train(tiny(), tmp_path / "halves", quiet=True)
+    assert (stopped["interrupted"], stopped["steps"]) == (True, 2)
+    resumed = trainer.train(tiny(), tmp_path / "halves", resume=True, quiet=True)
+    assert (resumed["interrupted"], resumed["steps"], straight["steps"]) == (False, 6, 6)
+    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
+    one, other = (load_checkpoint(tmp_path / name / "model.safetensors").tensors for name in ("straight", "halves"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    model, config, classes = load_model(resumed["checkpoint"])
+    assert (model.training, config, len(classes)) == (False, tiny(), 7)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_run_that_was_killed_repeats_the_steps_after_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer.train(tiny(), tmp_path / "straight", quiet=True)
+
+    def die(self: RunLog, record: dict[str, Any]) -> None:
+        write(self, record)
+        if record["step"] == 5:
+            raise KeyboardInterrupt
+
+    write = RunLog.step
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "step", die)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(tiny(), tmp_path / "killed", quiet=True)
+    assert load_state(tmp_path / "killed" / "state.safetensors").progress["step"] == 3  # the epoch's end
+    trainer.train(tiny(), tmp_path / "killed", resume=True, quiet=True)
+    assert [line["step"] for line in lines(tmp_path / "killed")] == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_sigterm_ends_a_run_with_everything_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stop_after(monkeypatch, step=4, number=signal.SIGTERM)
+    result = trainer.train(tiny(), tmp_path)
+    assert result["interrupted"]
+    assert f"dynamask train --output {tmp_path} --resume" in capsys.readouterr().err
+    assert load_checkpoint(result["checkpoint"]).extra["step"] == 4
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_run_leaves_its_figures(tmp_path: Path) -> None:
+    result = trainer.train(tiny(train__evaluate_every=1), tmp_path, quiet=True)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == result
+    assert [entry["epoch"] for entry in result["ap_by_epoch"]] == [1.0, 2.0]
+    assert set(result["uniform"]) == {"14", "112"}
+    assert load_checkpoint(result["best"]).extra["step"] == 3  # the second evaluation was no better
+    assert [line["phase"] for line in lines(tmp_path)] == [1, 1, 1, 2, 2, 2]
+    assert load_config(str(tmp_path / "config.yaml")) == tiny(train__evaluate_every=1)
+    assert any((tmp_path / "tensorboard").iterdir())
+    means = [sum(line["loss"] for line in lines(tmp_path)[first : first + 3]) / 3 for first in (0, 3)]
+    assert [epoch["total"] for epoch in result["losses"]] == pytest.approx(means)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+@pytest.mark.usefixtures("stand_in")
+def test_a_loader_with_workers_gives_the_same_run(tmp_path: Path) -> None:
+    trainer.train(tiny(), tmp_path / "alone", quiet=True)
+    trainer.train(tiny(data__workers=2), tmp_path / "workers", quiet=True)
+    assert losses(tmp_path / "workers") == losses(tmp_path / "alone")
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = StandIn.forward
+
+    def explode(self: StandIn, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        values = forward(self, images, targets)
+        return values | ({"loss_budget": values["loss_budget"] * float("nan")} if self.phase == 2 else {})
+
+    monkeypatch.setattr(StandIn, "forward", explode)
+    with pytest.raises(DynaMaskError, match=r"Step 4: a loss is not finite \(.*loss_budget nan"):
+        trainer.train(tiny(), tmp_path, quiet=True)
+    assert load_checkpoint(tmp_path / "model.safetensors").extra["step"] == 3
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_an_output_folder_is_neither_overwritten_nor_mixed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to resume"):
+        trainer.train(tiny(), tmp_path, resume=True, quiet=True)
+    trainer.train(tiny(train__warm_epochs=0), tmp_path, quiet=True)
+    with pytest.raises(InputError, match="--resume"):
+        trainer.train(tiny(), tmp_path, quiet=True)
+    with pytest.raises(InputError, match=r"train\.rate 0\.05, not 0\.1"):
+        trainer.train(tiny(train__warm_epochs=0, train__rate=0.1), tmp_path, resume=True, quiet=True)
+    assert trainer.train(tiny(train__warm_epochs=0, train__epochs=2), tmp_path, resume=True, quiet=True)["steps"] == 6
+
+
+def test_the_optimiser_spares_norms_and_biases_and_gives_the_switch_its_own_rate() -> None:
+    config = tiny(train__msm_rate_factor=3.0)
+    model = StandIn(config, [])
+    model.norm.weight.requires_grad_(False)
+    groups = trainer._parameter_groups(model, config)  # type: ignore[arg-type]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    table = {names[id(p)]: (group["weight_decay"], group["rate_factor"]) for group in groups for p in group["params"]}
+    decay = config.train.weight_decay
+    assert table == {
+        "body.weight": (decay, 1.0),
+        "body.bias": (0.0, 1.0),
+        "msm.weight": (decay, 3.0),
+        "msm.bias": (0.0, 3.0),
+        "norm.bias": (0.0, 1.0),
+    }
+
+
+def test_coco_needs_its_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.train_annotations"):
+        trainer.train(tiny(data__kind="coco"), tmp_path / "none", quiet=True)
