@@ -97,7 +97,7 @@ class TrainConfig(_Strict):
     regularisation_weight: float = 0.4
     """lambda 2 of Eq. 7."""
     budget: float = 1.0
-    """C_t of Eq. 5 as the share of the largest grid's cost is `budget / 1.4`: it is given in the paper's unit, in which 112 x 112 costs 1.40."""
+    """C_t of Eq. 5, in the paper's unit, in which 112 x 112 costs 1.40: `budget / 1.4` is its share of the largest grid's cost."""
     temperature: float = 1.0
     """tau of Eq. 2."""
     msm_rate_factor: float = 1.0

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamask.deform_conv import TAPS, DeformConv2d
+from dynamask.initialise import gaussian, kaiming
 
 
 class FeatureAggregation(nn.Module):
@@ -26,12 +27,8 @@ class FeatureAggregation(nn.Module):
         self.fuse = nn.Conv2d(2 * channels, channels, 1)
         self.attend_offset = nn.Conv2d(channels, 2 * TAPS, 3, padding=1)
         self.attend = DeformConv2d(channels, channels)
-        for layer in (self.reduce, self.fuse):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-        for layer in (self.align_offset, self.attend_offset):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        kaiming(self.reduce, self.fuse)
+        gaussian(0.0, self.align_offset, self.attend_offset)
 
     def forward(self, region: Tensor, crop: Tensor) -> Tensor:
         region = F.interpolate(self.reduce(region), scale_factor=2.0, mode="bilinear", align_corners=False)

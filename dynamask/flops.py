@@ -20,7 +20,7 @@ PAPER_GMACS: tuple[float, float, float, float] = (0.23, 0.62, 1.01, 1.40)
 class MacCounter:
     """Counts the multiply-accumulates of the convolutions, deformable convolutions and linear layers that run while it is open.
 
-    The counts stand under the names of the modules, `{name: MACs}`. Element-wise work, sampling and pooling are not counted, as in the paper.
+    The counts stand under the modules' names, `{name: MACs}`. Element-wise work, sampling and pooling are not counted, as in the paper.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,7 +31,7 @@ class MacCounter:
         self._handles = [
             layer.register_forward_hook(self._hook(name))
             for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.Conv2d | nn.Linear | DeformConv2d)
+            if isinstance(layer, (nn.Conv2d, nn.Linear, DeformConv2d))
         ]
         return self
 
@@ -59,14 +59,14 @@ def grid_gmacs(branch: MaskBranch) -> list[float]:
     What is done once an image (the lateral reductions) and the MSM are not in it.
     """
     cumulative, spent = [], 0.0
-    feature = torch.zeros(1, branch.rfpn.tiny[0].in_channels, GRIDS[0], GRIDS[0])  # type: ignore[arg-type, call-overload]
-    for k, grid in enumerate(GRIDS):
+    feature = torch.zeros(1, branch.pyramid_channels, GRIDS[0], GRIDS[0])
+    for k, (grid, channels) in enumerate(zip(GRIDS, branch.stage_channels, strict=True)):
         module = branch.rfpn.tiny if k == 0 else branch.rfpn.stages[k - 1]
         with MacCounter(module) as counter:
-            crop = () if k == 0 else (torch.zeros(1, branch.rfpn.laterals[k - 1].out_channels, grid, grid),)  # type: ignore[arg-type]
+            crop = [torch.zeros(1, channels, grid, grid)] if k > 0 else []
             feature = module(feature, *crop)
         spent += counter.total()
-        cumulative.append(spent + feature.shape[1] * grid * grid / 1e9)
+        cumulative.append(spent + channels * grid * grid / 1e9)
     return cumulative
 
 
@@ -74,7 +74,7 @@ def grid_gmacs(branch: MaskBranch) -> list[float]:
 def msm_gmacs(branch: MaskBranch) -> float:
     """The cost of one instance's switching, GMAC."""
     with MacCounter(branch.msm) as counter:
-        branch.msm(torch.zeros(1, branch.msm.conv1.in_channels, GRIDS[0], GRIDS[0]))
+        branch.msm(torch.zeros(1, branch.pyramid_channels, GRIDS[0], GRIDS[0]))
     return counter.total()
 
 

@@ -1,4 +1,7 @@
-"""The losses of the mask branch, Eq. 3 to 7. N positive instances, K = 4 grids, y the switching states, all sums over instances divided by N."""
+"""The losses of the mask branch, Eq. 3 to 7.
+
+N positive instances, K = 4 grids, y the switching states; sums over instances are divided by N.
+"""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ class MaskBranch(nn.Module):
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__()
         model = config.model
+        self.pyramid_channels, self.stage_channels = model.fpn_channels, model.stage_channels
         self.rfpn = RegionFPN(model.fpn_channels, model.stage_channels)
         self.heads = GridHeads(model.stage_channels, classes, model.class_agnostic_largest)
         self.msm = MaskSwitch(model.fpn_channels)
@@ -175,9 +176,7 @@ class DynaMask(nn.Module):
         self.statistics = {f"share_{grid}": float(s) for grid, s in zip(GRIDS, share, strict=True)}
         self.statistics["mean_cost"] = float(mean_cost(y.detach(), costs))
         self.statistics |= {f"mask_{grid}": float(loss) for grid, loss in zip(GRIDS, mask.detach().mean(dim=0), strict=True)}
-        return mask_branch_losses(
-            y, probabilities, mask, edge, costs, recipe.budget, recipe.edge_weight, recipe.regularisation_weight
-        )
+        return mask_branch_losses(y, probabilities, mask, edge, costs, recipe.budget, recipe.edge_weight, recipe.regularisation_weight)
 
 
 def batch_rois(boxes: Sequence[Tensor]) -> Tensor:

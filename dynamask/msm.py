@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamask.initialise import gaussian, kaiming
+
 MSM, SIZE_BASED = -1, 4
 """Values of `grid_override` beside 0..3, which force that grid."""
 
@@ -37,11 +39,8 @@ class MaskSwitch(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.fc1 = nn.Linear(width * 7 * 7, 128)
         self.fc2 = nn.Linear(128, 4)
-        for layer in (self.conv1, self.conv2, self.fc1):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.fc2.weight, std=0.01)
-        nn.init.zeros_(self.fc2.bias)
+        kaiming(self.conv1, self.conv2, self.fc1)
+        gaussian(0.01, self.fc2)
 
     def forward(self, region: Tensor) -> Tensor:
         x = F.relu(self.conv2(F.relu(self.conv1(self.attention(region)))))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynamask.config import GRIDS
 from dynamask.fam import FeatureAggregation
+from dynamask.initialise import gaussian, kaiming
 from dynamask.roi import roi_align
 
 STAGE_LEVELS: tuple[int, int, int] = (4, 3, 2)
@@ -32,10 +33,7 @@ class RegionFPN(nn.Module):
         )
         self.laterals = nn.ModuleList(nn.Conv2d(pyramid_channels, c, 1) for c in channels[1:])
         self.stages = nn.ModuleList(FeatureAggregation(channels[k], channels[k + 1]) for k in range(3))
-        for layer in [*self.tiny, *self.laterals]:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+        kaiming(self.tiny, self.laterals)
 
     def lateral(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         """P2..P5 `[B, C, H_l, W_l]` -> the maps that stages 1, 2, 3 crop from, at their channels (P4, P3, P2)."""
@@ -60,13 +58,11 @@ class GridHeads(nn.Module):
         outputs = [classes, classes, classes, 1 if class_agnostic_largest else classes]
         self.masks = nn.ModuleList(nn.Conv2d(c, o, 1) for c, o in zip(channels, outputs, strict=True))
         self.edges = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in channels)
-        for layer in [*self.masks, *self.edges]:
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        gaussian(0.02, self.masks, self.edges)
 
     def mask_logits(self, k: int, features: Tensor, labels: Tensor) -> Tensor:
         """The logits `[N, G, G]` of each instance's own class (`labels [N]`, from 0), and of no other."""
-        n, channels, height, width = features.shape
+        _, channels, height, width = features.shape
         layer: nn.Conv2d = self.masks[k]  # type: ignore[assignment]
         rows = labels if layer.out_channels > 1 else torch.zeros_like(labels)
         weight = layer.weight.view(layer.out_channels, 1, channels).index_select(0, rows)

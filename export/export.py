@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
+import dynamask
 from dynamask.config import GRIDS, PRESETS, Config
 from dynamask.flops import MacCounter, grid_gmacs, msm_gmacs
 from dynamask.inference import detect
@@ -38,7 +39,7 @@ def export_bundle(
     """Export a checkpoint to a bundle, and compare the graph in ONNX Runtime with the model in PyTorch.
 
     Args:
-        checkpoint: a `.safetensors` file of `dynamask train`, or a preset's name (`r50`, `lite0`) for random weights, to measure speed with.
+        checkpoint: a `.safetensors` file of `dynamask train`, or a preset's name (`r50`, `lite0`) for random weights, to measure speed.
         bundle: the folder to make; an earlier bundle there is replaced once the new one is whole.
         canvas: height and width in pixels, multiples of 32; the checkpoint's own by default.
         parity_images: compared on these; on generated shapes by default. Not with random weights, whose near-equal scores have no order.
@@ -111,7 +112,7 @@ def _manifest(model: DynaMask) -> Manifest:
             "grid_gmacs": dict(zip(GRIDS, grid_gmacs(model.mask_branch), strict=True)),
             "msm_gmacs": msm_gmacs(model.mask_branch),
             "detector_gmacs": counter.total(),
-            "versions": {"dynamask": _version(), "torch": torch.__version__, "onnx": onnx.__version__},
+            "versions": {"dynamask": dynamask.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
         }
     )
 
@@ -138,9 +139,3 @@ def _canvases(model: DynaMask, images: Sequence[Path] | None) -> Iterable[npt.ND
         pixels = [read_image(path) for path in images]
     for image in pixels:
         yield letterbox_normalise(image, *config.canvas, config.mean, config.std)[0]
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("dynamask")

@@ -85,9 +85,7 @@ def _compare(parity: Parity, wanted: GraphOutput, found: EngineOutput) -> None:
                 parity.mask_probability = max(parity.mask_probability, float(difference))
 
 
-def _match(
-    box: npt.NDArray[np.float32], score: float, label: int, found: EngineOutput, free: npt.NDArray[np.bool_]
-) -> int | None:
+def _match(box: npt.NDArray[np.float32], score: float, label: int, found: EngineOutput, free: npt.NDArray[np.bool_]) -> int | None:
     """The nearest free detection of the same class, if it is near enough to be the same one."""
     distance = np.abs(found.boxes - box).max(axis=1) + np.where((found.labels == label) & free, 0.0, np.inf)
     nearest = int(distance.argmin())
@@ -95,5 +93,5 @@ def _match(
     return nearest if near else None
 
 
-def _sigmoid(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return 1 / (1 + np.exp(-np.clip(x, -50, 50)))
+def _sigmoid(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    return 1 / (1 + np.exp(-np.clip(x.astype(np.float64), -50, 50)))

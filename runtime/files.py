@@ -35,8 +35,8 @@ def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, destination)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(destination)
     except OSError as error:
         raise unwritable(destination, error) from error
     finally:
@@ -62,7 +62,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,0 +1,59 @@
+# make demo | test | lint | test-gpu | clean. The first call makes .venv with the pinned packages of constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+# Two workers by default: give WORKERS=8 on a larger machine.
+WORKERS ?= 2
+
+.PHONY: demo test lint test-gpu clean
+.DEFAULT_GOAL := help
+.PHONY: help
+
+help:
+	@echo "make demo      the whole pipeline on generated images: export, engine, video, validation, report (in demo/)"
+	@echo "make test      lint, types and tests"
+	@echo "make lint      lint and types only"
+	@echo "make test-gpu  the tests that need an NVIDIA GPU"
+	@echo "make clean     remove .venv, demo/ and caches"
+
+# A candidate is run, not only looked for: a version manager's shim may exist and fail.
+$(READY): pyproject.toml constraints.txt
+	@set -eu; \
+	python=; \
+	for candidate in $${PYTHON:-} python3.12 python3.13 python3.11 python3.10 python3; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then \
+	        python=$$candidate; break; \
+	    fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "No Python 3.10, 3.11, 3.12 or 3.13 with the venv module was found:" \
+	         "install one (on Debian and Ubuntu: apt install python3 python3-venv) or name it: make PYTHON=/path/to/python3 ..." >&2; \
+	    exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$($$python --version): some minutes and a few GB, once." >&2; \
+	rm -f $(READY); \
+	"$$python" -m venv --clear $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,dev]' || { \
+	    echo "The packages could not be installed: the lines above say which; check the network and the free disk space, then run make again." >&2; \
+	    exit 1; \
+	}; \
+	touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/dynamask demo --output demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest --numprocesses $(WORKERS) --durations 15
+
+test-gpu: $(READY)
+	$(BIN)/pytest --durations 15 -m gpu
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

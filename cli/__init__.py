@@ -1,0 +1,1 @@
+"""The `dynamask` command, one module per sub-command."""

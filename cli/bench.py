@@ -1,0 +1,181 @@
+"""`dynamask bench`: what routing saves, and a frame against a peer."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from runtime.bench import Eager, Frame
+    from runtime.bundle import Manifest
+
+app = typer.Typer(help="Latency, side by side in one run.", no_args_is_help=True)
+
+DRAWN_IMAGES = 8
+"""Images of shapes that are drawn where none are given."""
+
+
+class Peer(str, enum.Enum):
+    """Whom to compare a frame with."""
+
+    maskrcnn = "torchvision-maskrcnn"
+
+
+class PeerSize(str, enum.Enum):
+    """The peer's input: the bundle's canvas, or what the peer is usually run at (shorter side 800, longer at most 1333)."""
+
+    same = "same"
+    usual = "usual"
+
+
+@app.command()
+def routing(
+    bundle: Annotated[Path, typer.Argument(help="The bundle to measure.")],
+    instances: Annotated[int, typer.Option(help="Instances in the image.")] = 100,
+    distribution: Annotated[str, typer.Option(metavar="A,B,C,D", help="Their parts at 14, 28, 56 and 112.")] = "35,34,21,10",
+    repeats: Annotated[int, typer.Option(help="Timed rounds; medians are given.")] = 20,
+    checkpoint: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The checkpoint that the bundle was exported from: its mask branch in PyTorch is measured too."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine, and of PyTorch.")] = None,  # noqa: UP045
+    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+) -> None:
+    """Time the mask branch: instances spread over the grids against all at 112.
+
+    Example: dynamask bench routing lite0.bundle --instances 100 --distribution 35,34,21,10
+    """
+    from runtime.bench import bench_routing
+    from runtime.files import write_json
+    from runtime.predictor import load
+
+    parts = _parts(distribution)
+    with load(bundle, target, threads=threads) as predictor:
+        eager = None if checkpoint is None else _eager(checkpoint, predictor.bundle.manifest, threads)
+        result = bench_routing(cast(Any, predictor.engine), instances, parts, repeats, eager)
+    if json is not None:
+        write_json(json, result)
+    _print_routing(result)
+
+
+@app.command()
+def latency(
+    bundle: Annotated[Path, typer.Argument(help="The bundle to measure.")],
+    against: Annotated[Peer, typer.Option(help="The peer, with random weights, in PyTorch on the CPU.")] = Peer.maskrcnn,
+    peer_size: Annotated[PeerSize, typer.Option(help="The peer's input: the bundle's canvas, or 800 x 1333 as usual.")] = PeerSize.same,
+    images: Annotated[Optional[Path], typer.Option(help="A folder of images; drawn shapes by default.")] = None,  # noqa: UP045
+    repeats: Annotated[int, typer.Option(help="Times that every image is taken.")] = 3,
+    target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine, and of PyTorch.")] = None,  # noqa: UP045
+    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+) -> None:
+    """Time a whole frame, from the decoded image to pasted masks, against a peer on the same images in turns.
+
+    Example: dynamask bench latency lite0.bundle --against torchvision-maskrcnn
+    """
+    from runtime.bench import bench_latency
+    from runtime.files import write_json
+    from runtime.predictor import load
+
+    with load(bundle, target, threads=threads) as predictor:
+        manifest = predictor.bundle.manifest
+        peer = _maskrcnn(manifest, peer_size, threads)
+        result = bench_latency(predictor, _frames(images, manifest), {against.value: peer}, repeats)
+    result["peer_size"] = peer_size.value
+    if json is not None:
+        write_json(json, result)
+    _print_latency(result)
+
+
+def _parts(distribution: str) -> list[float]:
+    from runtime.errors import InputError
+
+    try:
+        return [float(part) for part in distribution.split(",")]
+    except ValueError:
+        raise InputError(f"--distribution {distribution} is not four numbers; write them as in 35,34,21,10.") from None
+
+
+def _frames(folder: Path | None, manifest: Manifest) -> list[Any]:
+    if folder is not None:
+        from cli.export import find_images
+        from runtime.images import read_image
+
+        return [read_image(path) for path in find_images(folder)]
+
+    import numpy as np
+
+    from dynamask.data.shapes import draw_image
+
+    return [draw_image(np.random.default_rng([i]), *manifest.canvas)[0] for i in range(DRAWN_IMAGES)]
+
+
+def _eager(checkpoint: Path, manifest: Manifest, threads: int | None) -> Eager:
+    """PyTorch's mask branch, eager, on the engine's inputs."""
+    import torch
+
+    from dynamask.inference import Detections, segment
+    from dynamask.train.checkpoint import load_model
+    from runtime.doctor import usable_cores
+    from runtime.errors import InputError
+
+    model, config, classes = load_model(checkpoint)
+    if config.model.preset != manifest.preset or len(classes) != len(manifest.classes):
+        ours, theirs = f"{config.model.preset}, {len(classes)} classes", f"{manifest.preset}, {len(manifest.classes)} classes"
+        raise InputError(f"{checkpoint} ({ours}) is not what the bundle ({theirs}) was exported from; give that checkpoint.")
+    torch.set_num_threads(threads or usable_cores())
+    branch: Any = model.mask_branch
+    no_budget = torch.tensor(0.0)
+
+    @torch.inference_mode()
+    def eager(features: Any, boxes: Any, scores: Any, labels: Any, grid_override: Any) -> None:
+        pyramid = [torch.from_numpy(feature) for feature in features]
+        detections = Detections(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels))
+        segment(branch, pyramid, detections, manifest.canvas, no_budget, torch.from_numpy(grid_override))
+
+    return eager
+
+
+def _maskrcnn(manifest: Manifest, size: PeerSize, threads: int | None) -> Frame:
+    """torchvision's Mask R-CNN with a ResNet-50 and random weights, which pastes its masks as the predictor does."""
+    import torch
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    from runtime.doctor import usable_cores
+
+    torch.set_num_threads(threads or usable_cores())
+    limits = {"min_size": min(manifest.canvas), "max_size": max(manifest.canvas)} if size is PeerSize.same else {}
+    peer = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **limits).eval()
+
+    @torch.inference_mode()
+    def frame(image: Any) -> int:
+        tensor = torch.from_numpy(image).permute(2, 0, 1).float().div_(255)
+        return len((peer([tensor])[0]["masks"] > 0.5).flatten(1).any(1))
+
+    return frame
+
+
+def _print_routing(result: dict[str, Any]) -> None:
+    spread = " / ".join(str(count) for count in result["distribution"])
+    typer.echo(f"mask branch, {result['instances']} instances, {spread} at 14 / 28 / 56 / 112; medians of {result['repeats']}")
+    rows = [("routed", result["routed_ms"]), *((f"all at {grid}", time) for grid, time in result["uniform_ms"].items())]
+    if "engine_speedup" in result:
+        rows += [("PyTorch eager, routed", result["eager_routed_ms"]), ("PyTorch eager, all at 112", result["eager_largest_ms"])]
+    for name, time in rows:
+        typer.echo(f"{name:26}{time:10.2f} ms")
+    typer.echo(f"{'routed / all at 112':26}{result['ratio']:10.3f}    by counted cost {result['gmacs_ratio']:.3f}")
+    if "engine_speedup" in result:
+        speedup = result["engine_speedup"]
+        typer.echo(f"{'eager / engine':26}{speedup['routed']:10.2f}    all at 112: {speedup['largest']:.2f}")
+
+
+def _print_latency(result: dict[str, Any]) -> None:
+    typer.echo(f"from decoded frame to pasted masks, {result['images']} images, {result['repeats']} times each; medians")
+    for name, title in (("engine", "DynaMask"), ("peer", result["peer"])):
+        time, rate, instances = (result[f"{name}_{figure}"] for figure in ("ms", "fps", "instances"))
+        typer.echo(f"{title:22}{time:9.1f} ms  {rate:6.1f} frames/s  {instances:5.1f} instances")
+    typer.echo(f"{'ratio':22}{result['ratio']:9.3f}")

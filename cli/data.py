@@ -1,0 +1,88 @@
+"""`dynamask data`: data sets to learn from and measure on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(help="Data sets to learn from and measure on.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """Data sets to learn from and measure on."""
+
+
+@app.command()
+def shapes(
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045  (typer reads it at run time, on Python 3.10 too)
+        typer.Argument(help="Where images/ and instances.json (COCO) go; leave out to write a video alone."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Number of images.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same shapes.")] = 0,
+    size: Annotated[str, typer.Option(metavar="HxW", help="Height and width, pixels.")] = "320x320",
+    video: Annotated[Optional[Path], typer.Option(help="Also film shapes in motion: an MP4, its objects beside it as .json.")] = None,  # noqa: UP045
+    frames: Annotated[int, typer.Option(help="Frames of the video, 25 a second.")] = 250,
+    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+) -> None:
+    """Draw shapes, smooth and intricate, small and large, with exact masks."""
+    from runtime.files import write_json
+
+    height, width = parse_size(size)
+    result = prepare(folder, images, seed, height, width, video, frames)
+    if json is not None:
+        write_json(json, result)
+    for key in ("annotations", "video", "video_annotations"):
+        if key in result:
+            typer.echo(result[key])
+
+
+def prepare(
+    folder: Path | None, images: int, seed: int, height: int, width: int, video: Path | None = None, frames: int = 250
+) -> dict[str, Any]:
+    """Write a shapes data set, a shapes video, or both, with a progress bar on standard error.
+
+    Returns:
+        `annotations` and `images` of the data set, `video`, `video_annotations` and `frames` of the video, as far as written.
+
+    Raises:
+        InputError: neither a folder nor a video is given, or as `write_dataset` and `write_video` say.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dynamask.data.shapes import write_dataset, write_video
+    from runtime.errors import InputError
+
+    if folder is None and video is None:
+        raise InputError("Nothing to write: give a folder for the images, --video FILE.mp4, or both.")
+    result: dict[str, Any] = {"seed": seed, "height": height, "width": width}
+    with Progress(console=Console(stderr=True)) as progress:
+        if folder is not None:
+            task = progress.add_task("images", total=images)
+            path = write_dataset(folder, images, seed, height, width, lambda done, _: progress.update(task, completed=done))
+            result |= {"annotations": str(path), "images": images}
+        if video is not None:
+            task = progress.add_task("video", total=None)
+            path = write_video(video, frames, seed, height, width)
+            progress.update(task, total=1, completed=1)
+            result |= {"video": str(path), "video_annotations": str(path.with_suffix(".json")), "frames": frames}
+    return result
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """`"320x480"` as (height, width).
+
+    Raises:
+        InputError: not two whole numbers with an x between them.
+    """
+    from runtime.errors import InputError
+
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if match is None:
+        raise InputError(f"--size {size} is not of the form HxW: write it like --size 320x480.")
+    return int(match[1]), int(match[2])

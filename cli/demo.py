@@ -1,0 +1,193 @@
+"""`dynamask demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from runtime.predictor import Predictor
+
+IMAGES = 40
+FRAMES = 100
+SEED = 9_000_001
+"""Far from the seeds of the shapes that the carried model learnt and was judged on."""
+POLICIES = ("routed", "routed@50%", "uniform-14", "uniform-28", "uniform-56", "uniform-112", "size-based")
+PICTURES = 4
+"""Annotated images in the report."""
+
+CHECKPOINT = "lite0-shapes.safetensors"
+MARK = ".dynamask-demo"
+"""Marks a folder as the demo's own, whose files a later demo may replace."""
+PRODUCTS = ("shapes", "bundle", "video.mp4", "video.json", "annotated.mp4", "detections.jsonl", "validation.json", "report.html")
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="The folder to write; an earlier demo's files in it are replaced.")] = Path("demo"),
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+) -> None:
+    """Run the whole pipeline on what the package carries: export, engine, video, validation, report.
+
+    Takes one to three minutes on two cores, and says where to look.
+    """
+    from runtime.files import write_json
+
+    result = run_demo(output)
+    if json is not None:
+        write_json(json, result)
+    _print(result)
+
+
+def run_demo(output: Path) -> dict[str, Any]:
+    """Draw shapes that the carried model has not seen, export it, build its engine, stream a video, validate, report; all in `output`.
+
+    Returns:
+        `paths`, `seconds` by step, `export` (parity with PyTorch), `stream` and `policies` (as `validate` returns them).
+
+    Raises:
+        InputError: `output` is not a folder, or holds something else than an earlier demo.
+        DynaMaskError: the package lacks its checkpoint, or a step failed.
+    """
+    from dynamask.data.shapes import write_dataset, write_video
+    from export.export import export_bundle
+    from runtime.bundle import Bundle
+    from runtime.files import write_json
+    from runtime.predictor import load
+    from runtime.report import write_report
+    from runtime.targets.onnxruntime import build
+    from runtime.validate import read_coco, validate
+
+    checkpoint = carried_checkpoint()
+    clear(output)
+    seconds: dict[str, float] = {}
+    data, bundle, video = output / "shapes", output / "bundle", output / "video.mp4"
+    with _step(f"Drawing {IMAGES} images of shapes the model has not seen", "images", seconds):
+        write_dataset(data, IMAGES, SEED)
+    with _step(f"Filming {FRAMES} frames of shapes in motion", "video", seconds):
+        write_video(video, FRAMES, SEED)
+    with _step("Exporting the carried lite0 to ONNX, compared with PyTorch", "export", seconds):
+        exported = export_bundle(checkpoint, bundle, None, sorted((data / "images").iterdir())[:PICTURES])
+    with _step("Building the ONNX Runtime engine", "engine", seconds):
+        build(Bundle.open(bundle))
+    with load(bundle, target="onnxruntime") as predictor:
+        with _step("Streaming the video: decode, segment, draw, encode", "stream", seconds):
+            streamed = _stream(predictor, video, output)
+        with _step(f"Validating {len(POLICIES)} ways to choose the mask grid", "validation", seconds):
+            validation = validate(predictor, read_coco(data), POLICIES)
+        with _step("Writing the report", "report", seconds):
+            write_json(output / "validation.json", validation)
+            write_report(validation, output / "report.html", _pictures(predictor, data))
+    paths = {name: str(output / name) for name in PRODUCTS}
+    return {"paths": paths, "seconds": seconds, "export": exported, "stream": streamed, "policies": validation["policies"]}
+
+
+def carried_checkpoint() -> Path:
+    """The checkpoint in the package: `lite0`, trained on shapes.
+
+    Raises:
+        DynaMaskError: it is not there.
+    """
+    import dynamask
+    from runtime.errors import DynaMaskError
+
+    path = Path(dynamask.__path__[0]) / "assets" / CHECKPOINT
+    if not path.is_file():
+        raise DynaMaskError(f"{path} is missing, so there is no model to show: install the package again or train one (docs/training.md).")
+    return path
+
+
+def clear(output: Path) -> None:
+    """Make `output` an empty folder of the demo's; what an earlier demo wrote goes, other files stay.
+
+    Raises:
+        InputError: it is not a folder, or holds something and is not an earlier demo's.
+        DynaMaskError: it cannot be written.
+    """
+    from runtime.errors import InputError
+    from runtime.files import unwritable
+
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: name a folder with --output.")
+    if output.is_dir() and any(output.iterdir()) and not (output / MARK).exists():
+        raise InputError(f"{output} holds files that no demo wrote: name another folder with --output.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / MARK).touch()
+        for name in PRODUCTS:
+            product = output / name
+            if product.is_dir():
+                shutil.rmtree(product)
+            else:
+                product.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(output, error) from error
+
+
+@contextlib.contextmanager
+def _step(title: str, name: str, seconds: dict[str, float]) -> Iterator[None]:
+    typer.echo(f"{title} … ", nl=False, err=True)
+    start = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        typer.echo("failed", err=True)
+        raise
+    seconds[name] = time.perf_counter() - start
+    typer.echo(f"{seconds[name]:.1f} s", err=True)
+
+
+def _stream(predictor: Predictor, video: Path, output: Path) -> dict[str, Any]:
+    from runtime.sinks import JsonLinesSink, VideoSink
+    from runtime.sources import open_source
+    from runtime.stream import run_stream
+
+    source = open_source(video)
+    sinks = [VideoSink(output / "annotated.mp4", source.frame_rate), JsonLinesSink(output / "detections.jsonl")]
+    return run_stream(predictor, source, sinks, score=0.3).to_dict()
+
+
+def _pictures(predictor: Predictor, data: Path) -> list[tuple[str, Any]]:
+    from runtime.annotate import annotate
+    from runtime.images import read_image
+
+    pictures = []
+    for path in sorted((data / "images").iterdir())[:PICTURES]:
+        image = read_image(path)
+        pictures.append((path.name, annotate(image, predictor(image))))
+    return pictures
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    table = Table()
+    for column in ("grids", "mask AP", "boundary AP", "GMAC per instance", "mask branch ms", "image ms"):
+        table.add_column(column, justify="left" if column == "grids" else "right")
+    for name, policy in result["policies"].items():
+        latency = policy["latency_ms"]
+        figures = (policy["segm"]["AP"], policy["boundary"]["AP"], policy["gmacs"], latency["masks"]["p50"], latency["total"]["p50"])
+        table.add_row(name, *(_figure(value, 4 if i == 2 else 1) for i, value in enumerate(figures)))
+    console.print(table)
+    stream, paths = result["stream"], result["paths"]
+    console.print(f"video: {stream['frames']} frames at {stream['fps']:.1f} frames a second")
+    console.print(f"all steps: {sum(result['seconds'].values()):.0f} s")
+    console.print("Look at:", style="bold")
+    for name, what in (
+        ("report.html", "accuracy and latency together, in a browser"),
+        ("annotated.mp4", "masks coloured by the grid each instance got"),
+        ("detections.jsonl", "the same as data, a line a frame"),
+        ("bundle", "the model: dynamask predict, stream and validate run it"),
+    ):
+        console.print(f"  {paths[name]}  {what}", soft_wrap=True)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

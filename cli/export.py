@@ -1,0 +1,77 @@
+"""`dynamask export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PARITY_IMAGES = 20
+"""At most this many of the folder's images are compared: PyTorch runs on each."""
+
+
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint of dynamask train (.safetensors), or r50, lite0: random weights, to measure speed with.")
+    ],
+    bundle: Annotated[Path, typer.Argument(help="The folder to write: manifest.json and model.onnx.")],
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Height and width of the model's input, multiples of 32; by default those it was trained at."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help=f"A folder of images to compare ONNX with PyTorch on (the first {PARITY_IMAGES}); drawn shapes by default."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+) -> None:
+    """Write a checkpoint as a bundle: one ONNX graph in which every instance pays only for its own mask grid.
+
+    The graph is compared with PyTorch before the bundle is written.
+
+    Example: dynamask export runs/shapes/best.safetensors lite0.bundle --size 384x384
+    """
+    from cli.data import parse_size
+    from export.export import export_bundle
+    from runtime.files import write_json
+
+    canvas = None if size is None else parse_size(size)
+    result = export_bundle(checkpoint, bundle, canvas, None if images is None else find_images(images))
+    if json is not None:
+        write_json(json, result)
+    typer.echo(_summary(bundle, result))
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The first images of a folder, by name.
+
+    Raises:
+        InputError: there is no such folder, or no image in it.
+    """
+    from runtime.errors import InputError
+    from runtime.sources import IMAGE_SUFFIXES
+
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; --images takes a folder of images.")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); --images takes a folder of images.")
+    return found[:PARITY_IMAGES]
+
+
+def _summary(bundle: Path, result: dict[str, Any]) -> str:
+    height, width = result["canvas"]
+    gmacs = result["gmacs"]
+    lines = [
+        f"{bundle} ({result['bytes'] / 1e6:.1f} MB, {height} × {width}, {sum(result['operators'].values())} nodes)",
+        "GMAC per instance: " + ", ".join(f"{gmacs[grid]:.4f} at {grid}" for grid in ("14", "28", "56", "112")),
+        f"GMAC per image: {gmacs['detector']:.2f} for the detector",
+    ]
+    if parity := result["parity"]:
+        lines.append(
+            f"against PyTorch, {parity['instances']} instances in {parity['images']} images:"
+            f" boxes within {parity['box_pixels']:.1e} pixels,"
+            f" scores {parity['score']:.1e}, mask probabilities {parity['mask_probability']:.1e}, {parity['other_grids']} other grids"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""`dynamask`: the command line. Each command's module imports what it needs only when it runs, so that help stays instant."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from cli.bench import app as bench
+from cli.build_engine import build_engine
+from cli.data import app as data
+from cli.demo import demo
+from cli.doctor import doctor
+from cli.export import export
+from cli.flops import flops
+from cli.predict import predict
+from cli.stream import stream
+from cli.train import train
+from cli.validate import validate
+from runtime.errors import DynaMaskError
+
+INTERRUPTED = 130
+"""The exit status of what Ctrl-C ended: 128 + SIGINT."""
+
+EXTRAS = {
+    "onnx": "export",
+    "onnx_graphsurgeon": "export",
+    "onnxscript": "export",
+    "safetensors": "train",
+    "tensorboard": "train",
+    "timm": "train",
+    "torch": "train",
+    "torchvision": "train",
+}
+"""Module -> the extra of this package that brings it."""
+
+app = typer.Typer(
+    name="dynamask",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "From nothing to a video: [bold]dynamask demo[/bold]. Step by step: [bold]train → export → build-engine → stream[/bold]. "
+        "Every command takes --json FILE, and exits with 0, 2 (bad input) or 1 (failure)."
+    ),
+)
+
+app.command(rich_help_panel="Begin")(demo)
+app.command(rich_help_panel="Begin")(doctor)
+app.add_typer(data, name="data", rich_help_panel="Make")
+app.command(rich_help_panel="Make")(train)
+app.command(rich_help_panel="Make")(export)
+app.command("build-engine", rich_help_panel="Make")(build_engine)
+app.command(rich_help_panel="Run")(predict)
+app.command(rich_help_panel="Run")(stream)
+app.command(rich_help_panel="Measure")(validate)
+app.add_typer(bench, name="bench", rich_help_panel="Measure")
+app.command(rich_help_panel="Measure")(flops)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from dynamask import __version__
+
+        typer.echo(f"dynamask {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def dynamask(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Instance segmentation in which every instance pays only for the mask resolution it needs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 on a wrong call or bad input, 1 on failure, 130 on Ctrl-C.
+
+    What goes wrong is said in one sentence on standard error; `DYNAMASK_TRACEBACK=1` shows the traceback too.
+    """
+    try:
+        status = app(args=arguments, prog_name="dynamask", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except typer.exceptions.TyperException as error:
+        return _fail(_usage_sentence(error), error.exit_code)
+    except DynaMaskError as error:
+        return _fail(str(error), error.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, say) has gone: nothing more can be written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _fail(_unexpected_sentence(error), 1)
+    if status == INTERRUPTED:
+        return _fail("Interrupted: what was finished is kept, nothing half-written is left.", INTERRUPTED)
+    return int(status)
+
+
+def _fail(sentence: str, status: int) -> int:
+    if os.environ.get("DYNAMASK_TRACEBACK"):
+        traceback.print_exc()
+    typer.echo(sentence, err=True)
+    return status
+
+
+def _usage_sentence(error: typer.exceptions.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    message = error.format_message()
+    if context is None or not message:
+        return message
+    return f"{message.rstrip('.')}: see {context.command_path} --help."
+
+
+def _unexpected_sentence(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+        return f"This command needs {error.name}, which is not installed: run pip install -e '.[{extra}]' in the checkout."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"The disk is full while writing {error.filename or 'a file'}: free some space and run the command again."
+    if isinstance(error, MemoryError):
+        return "The memory is used up: use a smaller batch, image or number of workers."
+    lines = str(error).splitlines()
+    cause = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"An unexpected error ({cause}): please report it with what DYNAMASK_TRACEBACK=1 shows."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

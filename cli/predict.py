@@ -1,0 +1,107 @@
+"""`dynamask predict`: images in, boxes, masks and grids out."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from runtime.instances import Instances
+    from runtime.predictor import Predictor
+
+
+class Grid(str, Enum):
+    """Who chooses the mask grid."""
+
+    routed = "routed"
+    tiny = "14"
+    small = "28"
+    medium = "56"
+    large = "112"
+    size_based = "size-based"
+
+
+_OVERRIDES = {Grid.routed: -1, Grid.tiny: 0, Grid.small: 1, Grid.medium: 2, Grid.large: 3, Grid.size_based: 4}
+
+
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="The folder that dynamask export wrote.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
+    budget: Annotated[Optional[float], typer.Option(help="Mean GMAC per instance to keep to.")] = None,  # noqa: UP045
+    grid: Annotated[Grid, typer.Option(help="The model chooses each instance's mask grid, or this one for all, or by size.")] = Grid.routed,
+    score: Annotated[float, typer.Option(min=0, max=1, help="The lowest score kept.")] = 0.3,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option(help="Folder for annotated pictures.")] = None,  # noqa: UP045
+    json: Annotated[Optional[Path], typer.Option(help="Write the detections here, masks as COCO run-lengths.")] = None,  # noqa: UP045
+) -> None:
+    """Find the instances in images; an image that cannot be read is named, and the others still run."""
+    from runtime.errors import InputError
+    from runtime.files import write_json
+    from runtime.images import read_image
+    from runtime.predictor import load
+
+    records: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    with load(bundle, target, budget, threads) as predictor:
+        for number, path in enumerate(images):
+            try:
+                image = read_image(path)
+            except InputError as error:
+                typer.echo(str(error), err=True)
+                failures.append({"image": str(path), "reason": str(error)})
+                continue
+            instances = predictor(image, grid_override=_OVERRIDES[grid])
+            instances = instances[instances.scores >= score]
+            records.append(_record(number, path, instances))
+            if output is not None:
+                _draw(output / f"{path.stem}.{number}.png" if _repeated(path, images) else output / f"{path.stem}.png", image, instances)
+            typer.echo(_sentence(path, instances))
+        result = {"bundle": str(bundle), "target": predictor.engine.target, "images": records, "failures": failures}
+    if json is not None:
+        write_json(json, result | {"classes": _classes(predictor)})
+    if failures:
+        raise typer.Exit(InputError.exit_status)
+
+
+def _record(number: int, path: Path, instances: Instances) -> dict[str, Any]:
+    height, width = instances.size
+    return {
+        "id": number,
+        "file_name": str(path),
+        "height": height,
+        "width": width,
+        "times_ms": instances.times_ms,
+        "detections": instances.to_coco(number),
+    }
+
+
+def _classes(predictor: Predictor) -> list[dict[str, Any]]:
+    return [{"id": entry.id, "name": entry.name} for entry in predictor.bundle.manifest.classes]
+
+
+def _repeated(path: Path, images: list[Path]) -> bool:
+    return sum(other.stem == path.stem for other in images) > 1
+
+
+def _draw(path: Path, image: Any, instances: Instances) -> None:
+    from PIL import Image
+
+    from runtime.annotate import annotate
+    from runtime.files import atomic_path
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(annotate(image, instances, score=0)).save(temporary)
+
+
+def _sentence(path: Path, instances: Instances) -> str:
+    from collections import Counter
+
+    found = Counter(instances.classes[label].name for label in instances.labels)
+    grids = Counter(instances.grids.tolist())
+    names = ", ".join(f"{count} {name}" for name, count in found.most_common()) or "nothing"
+    shares = ", ".join(f"{count} at {grid}" for grid, count in sorted(grids.items()))
+    return f"{path}: {names}" + (f" (grids: {shares})" if shares else "")

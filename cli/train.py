@@ -1,0 +1,79 @@
+"""`dynamask train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and metrics.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="lite0-shapes, lite0-coco, r50-coco, or a YAML file; with --resume, the run's own by default."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights to begin with: imagenet, none, a backbone's file or a DynaMask checkpoint."),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field: --set train.epochs=3 (repeatable)."),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+) -> None:
+    """Train a model; Ctrl-C keeps the last step, --resume goes on from it."""
+    from dynamask.config import load_config
+    from dynamask.train.trainer import train as run_training
+    from runtime.errors import InputError
+    from runtime.files import write_json
+
+    if config is None:
+        config = str(output / "config.yaml")
+        if not resume:
+            raise InputError("--config is missing: give lite0-shapes, lite0-coco, r50-coco or a YAML file.")
+    overrides = parse_assignments(assignments or [])
+    if weights is not None:
+        overrides["weights"] = weights
+    result = run_training(load_config(config, overrides), output, resume)
+    if json is not None:
+        write_json(json, result)
+    typer.echo(_summary(result))
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["train.epochs=3"]` as `{"train.epochs": 3}`; values are YAML.
+
+    Raises:
+        InputError: no `=`, no key, or a value that is not YAML.
+    """
+    import yaml
+
+    from runtime.errors import InputError
+
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not (key and equals):
+            raise InputError(f"--set {assignment} has no KEY=VALUE form: write it like --set train.epochs=3.")
+        try:
+            fields[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {assignment}: the value is not YAML; quote it.") from error
+    return fields
+
+
+def _summary(result: dict[str, Any]) -> str:
+    lines = [f"{result['steps']} of {result['total_steps']} steps in {result['seconds']:.0f} s: {result['checkpoint']}"]
+    for entry in result["ap_by_epoch"]:
+        lines.append(f"epoch {entry['epoch']:.2f}: {_figures(entry)}")
+    for grid, entry in (result["uniform"] or {}).items():
+        lines.append(f"all at {grid}: {_figures(entry)}")
+    return "\n".join(lines)
+
+
+def _figures(entry: dict[str, Any]) -> str:
+    return "  ".join(f"{kind} AP {entry[kind]['AP']:.1f}" for kind in ("segm", "bbox") if entry[kind]["AP"] is not None)

@@ -1,0 +1,233 @@
+"""Where the results of a stream go: an annotated video, JSON lines, a folder of annotated images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.annotate import annotate
+from runtime.errors import DynaMaskError, InputError
+from runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    import av
+
+    from runtime.instances import Instances
+    from runtime.sources import Frame
+
+Image = npt.NDArray[np.uint8]
+_TICKS = 90_000
+"""Time stamps a second in the video written, as usual for MPEG."""
+
+
+class Sink:
+    """Takes the result of every frame, in order. As a context manager it is finished when the block ends well, else abandoned.
+
+    What a sink writes carries another name until it is finished, so that what was abandoned never looks whole and is still there.
+    """
+
+    def write(self, frame: Frame, instances: Instances) -> None:
+        """Take the result of one frame.
+
+        Raises:
+            DynaMaskError: it could not be written; what was written before is kept.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish: what was written takes its own name."""
+
+    def abandon(self) -> None:
+        """Stop after an error: what was written stays, under its provisional name."""
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+class JsonLinesSink(Sink):
+    """One JSON object a line and frame: `index`, `time_s`, `name`, `times_ms`, `dropped`, `detections`.
+
+    A detection is a COCO result as `Instances.to_coco` gives it (its `image_id` the frame's index), and `class`, the name of its class.
+    Every line is on disk as soon as it is written, in `<name>.partial` until the end.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        with _writing(self.path, self._partial):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("wb", buffering=0)
+
+    def write(self, frame: Frame, instances: Instances) -> None:
+        record = {
+            "index": frame.index,
+            "time_s": round(frame.time_s, 6),
+            "name": frame.name,
+            "times_ms": {part: round(ms, 3) for part, ms in instances.times_ms.items()},
+            "dropped": 0,
+            "detections": detections(instances, frame.index),
+        }
+        line = memoryview(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        whole = self._file.tell()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)
+            raise unfinished(self.path, self._partial, error) from error
+
+    def close(self) -> None:
+        with _writing(self.path, self._partial):
+            self._file.close()
+            self._partial.replace(self.path)
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def detections(instances: Instances, image_id: int) -> list[dict[str, Any]]:
+    """The instances as COCO results, each with its class's name and its grid."""
+    results = instances.to_coco(image_id)
+    return [{**result, "class": instances.classes[label].name} for result, label in zip(results, instances.labels.tolist(), strict=True)]
+
+
+class VideoSink(Sink):
+    """An annotated MP4 (H.264, yuv420p), in `<stem>.partial.mp4` until the end.
+
+    The first frame fixes the size, one pixel larger where that is odd; frames of another size are fitted into it, at the top left.
+    Frames keep their times, so that frames left out stay gaps.
+
+    Args:
+        path: the file, with the suffix `.mp4`.
+        frame_rate: frames a second, the source's.
+
+    Raises:
+        InputError: the file's name does not end with `.mp4`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], frame_rate: Fraction | float) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise InputError(f"{self.path} is no MP4; give the video a name that ends with .mp4.")
+        self._partial = self.path.with_name(self.path.stem + ".partial.mp4")
+        self._rate = Fraction(frame_rate).limit_denominator(1001)
+        self._last = -1
+        self._stream: av.VideoStream | None = None
+        with _writing(self.path, self._partial):
+            import av
+
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._container = av.open(f"file:{self._partial}", "w", format="mp4")
+
+    def write(self, frame: Frame, instances: Instances) -> None:
+        import av
+
+        image = annotate(frame.image, instances, score=0.0)
+        with _writing(self.path, self._partial):
+            if self._stream is None:
+                self._stream = self._open_stream(*_even(image).shape[:2])
+            picture = av.VideoFrame.from_ndarray(_fit(_even(image), self._stream.height, self._stream.width), format="rgb24")
+            picture.time_base = Fraction(1, _TICKS)
+            self._last = picture.pts = max(self._last + 1, round(frame.time_s * _TICKS))
+            self._container.mux(self._stream.encode(picture))
+
+    def _open_stream(self, height: int, width: int) -> av.VideoStream:
+        stream = self._container.add_stream("libx264", rate=self._rate, options={"preset": "veryfast", "crf": "20"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, _TICKS)
+        return stream
+
+    def close(self) -> None:
+        with _writing(self.path, self._partial):
+            self._end()
+            # FFmpeg makes the file with its first frame.
+            if self._stream is not None:
+                self._partial.replace(self.path)
+
+    def abandon(self) -> None:
+        # Ended too, so that what was encoded can be played; only its name stays provisional.
+        with contextlib.suppress(DynaMaskError), _writing(self.path, self._partial):
+            self._end()
+
+    def _end(self) -> None:
+        try:
+            if self._stream is not None:
+                self._container.mux(self._stream.encode(None))
+        finally:
+            self._container.close()
+
+
+class FolderSink(Sink):
+    """Annotated frames as `000000.jpg`, … by the frame's index, each of them whole.
+
+    Args:
+        folder: made if it is not there.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        with _writing(self.folder, self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, frame: Frame, instances: Instances) -> None:
+        import cv2
+
+        image = annotate(frame.image, instances, score=0.0)
+        _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 92])
+        with atomic_path(self.folder / f"{frame.index:06d}.jpg") as temporary:
+            temporary.write_bytes(encoded.tobytes())
+
+
+def _even(image: Image) -> Image:
+    """Height and width even, as yuv420p needs them, by repeating the last row and column."""
+    height, width = image.shape[:2]
+    return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else image
+
+
+def _fit(image: Image, height: int, width: int) -> Image:
+    """Scaled by one factor into `height` × `width`, at the top left, the rest black."""
+    import cv2
+
+    if image.shape[:2] == (height, width):
+        return image
+    scale = min(height / image.shape[0], width / image.shape[1])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    canvas = np.zeros((height, width, 3), dtype=np.uint8)
+    canvas[: size[1], : size[0]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return canvas
+
+
+@contextlib.contextmanager
+def _writing(path: Path, partial: Path) -> Iterator[None]:
+    """Turn what the system or FFmpeg says about a failed write into the project's sentence."""
+    import av
+
+    try:
+        yield
+    except (OSError, av.FFmpegError) as error:
+        raise unfinished(path, partial, error) from error
+
+
+def unfinished(path: Path, partial: Path, error: Exception) -> DynaMaskError:
+    """The sentence for a stream that could not be written to the end."""
+    reason = getattr(error, "strerror", None) or error
+    return DynaMaskError(
+        f"{path} could not be written ({reason}): what was written is in {partial}; free some space or choose another folder."
+    )

@@ -1,0 +1,90 @@
+"""`dynamask build-engine` and `dynamask predict`: what they write, and what they say of bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from pycocotools import mask as coco_mask
+from typer.testing import CliRunner
+
+from cli.build_engine import build_engine
+from cli.predict import predict
+from runtime.bundle import Bundle
+from runtime.errors import InputError
+
+app = typer.Typer()
+app.command("build-engine")(build_engine)
+app.command("predict")(predict)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def bundle(synthetic, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    path = folder / "a.bundle"
+    synthetic.create(path)
+    result = run("build-engine", path, "--json", folder / "engine.json")
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.full((128, 96, 3), 255, np.uint8)).save(path)
+    return path
+
+
+def test_an_engine_is_reported(bundle):
+    figures = json.loads((bundle.parent / "engine.json").read_text())
+    folder = bundle / "engines" / "onnxruntime"
+    assert figures["engine"] == str(folder) and figures["plugins"] == [] and figures["seconds"] > 0
+    assert figures["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    Bundle.open(bundle).engine("onnxruntime")
+
+
+@pytest.mark.parametrize("options", [("--target", "tensorrt"), ("--target", "tensorrt-rtx"), ("--precision", "int8")])
+def test_what_cannot_be_built_is_refused(bundle, options):
+    assert isinstance(run("build-engine", bundle, *options).exception, InputError)
+
+
+def test_detections_and_pictures_are_written(bundle, photo, tmp_path):
+    result = run("predict", bundle, photo, "--json", tmp_path / "found.json", "--output", tmp_path / "pictures", "--score", 0.5)
+    assert result.exit_code == 0, result.output
+    (record,) = json.loads((tmp_path / "found.json").read_text())["images"]
+    assert (record["height"], record["width"]) == (128, 96)
+    assert [detection["grid"] for detection in record["detections"]] == [112, 14, 56]
+    assert coco_mask.decode(record["detections"][0]["segmentation"]).shape == (128, 96)
+    assert "2 star, 1 leaf" in result.output
+    picture = np.asarray(Image.open(tmp_path / "pictures" / "photo.png"))
+    assert picture.shape == (128, 96, 3) and (picture != 255).any()
+
+
+def test_pictures_of_the_same_name_do_not_overwrite_each_other(bundle, photo, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "photo.png").write_bytes(photo.read_bytes())
+    run("predict", bundle, photo, tmp_path / "other" / "photo.png", "--output", tmp_path / "pictures")
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("grid", "expected"), [("28", {28}), ("routed", {112, 14, 56})])
+def test_the_grid_is_chosen(bundle, photo, tmp_path, grid, expected):
+    run("predict", bundle, photo, "--grid", grid, "--json", tmp_path / "found.json")
+    (record,) = json.loads((tmp_path / "found.json").read_text())["images"]
+    assert {detection["grid"] for detection in record["detections"]} == expected
+
+
+def test_a_bad_image_is_named_and_the_others_still_run(bundle, photo, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    result = run("predict", bundle, tmp_path / "bad.png", photo, "--json", tmp_path / "found.json")
+    assert result.exit_code == 2 and "bad.png is not an image" in result.output
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert [record["file_name"] for record in written["images"]] == [str(photo)]
+    assert [failure["image"] for failure in written["failures"]] == [str(tmp_path / "bad.png")]

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from runtime.errors import DynaMaskError, InputError
+from runtime.sinks import FolderSink, JsonLinesSink, Sink, VideoSink
+from runtime.sources import Frame
+from tests.runtime.fake_stream import count_frames, make_instances
+
+TIMES = {"preprocess": 1.0, "detector": 2.0, "masks": 3.0}
+
+
+def frame(index: int, height: int = 64, width: int = 96, time_s: float | None = None) -> Frame:
+    noise = np.random.default_rng(index).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Frame(index, index / 10 if time_s is None else time_s, noise)
+
+
+def write(sink: Sink, one: Frame, count: int = 3) -> None:
+    sink.write(one, make_instances(count, one.image.shape[:2], seed=one.index))
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writes beyond `size` bytes fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (63, 95), (1, 1), (1, 400)])
+def test_a_video_holds_every_frame_written_at_any_size(tmp_path: Path, height: int, width: int) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoSink(path, 12.5) as sink:
+        for i in range(25):
+            write(sink, frame(i, height, width))
+    assert count_frames(path) == 25
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+        assert (context.height, context.width) == (height + height % 2, width + width % 2)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_frames_keep_their_times_and_their_picture(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    times = [0.0, 0.1, 0.2, 0.7, 0.8]
+    with VideoSink(path, 10) as sink:
+        for i, time_s in enumerate(times):
+            image = np.full((64, 96, 3), 40 * i, np.uint8)
+            sink.write(Frame(i, time_s, image), make_instances(0, (64, 96)))
+    with av.open(str(path)) as container:
+        read = [(one.time, one.to_ndarray(format="rgb24").mean()) for one in container.decode(video=0)]
+    np.testing.assert_allclose([time for time, _ in read], times, atol=1e-3)
+    np.testing.assert_allclose([mean for _, mean in read], 40 * np.arange(5), atol=6)
+
+
+def test_frames_of_other_sizes_are_fitted_into_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    with VideoSink(path, 10) as sink:
+        for i, (height, width) in enumerate([(64, 96), (200, 50), (1, 300)]):
+            write(sink, frame(i, height, width))
+    assert count_frames(path) == 3
+
+
+def test_json_lines_give_back_boxes_classes_grids_and_masks(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with JsonLinesSink(path) as sink:
+        for i in range(3):
+            write(sink, frame(i), count=(0, 4, 300)[i])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["index"], line["time_s"], line["dropped"], len(line["detections"])) for line in lines] == [
+        (0, 0.0, 0, 0),
+        (1, 0.1, 0, 4),
+        (2, 0.2, 0, 300),
+    ]
+    assert lines[1]["times_ms"] == TIMES
+    expected = make_instances(4, (64, 96), seed=1)
+    for i, detection in enumerate(lines[1]["detections"]):
+        x, y, width, height = detection["bbox"]
+        np.testing.assert_allclose([x, y, x + width, y + height], expected.boxes[i], atol=1e-3)
+        assert (detection["class"], detection["category_id"]) == [("star", 1), ("gear", 7)][expected.labels[i]]
+        assert detection["grid"] == expected.grids[i]
+        np.testing.assert_array_equal(coco_mask.decode(detection["segmentation"]).astype(bool), expected.masks[i])
+
+
+@pytest.mark.parametrize("kind", ["video", "jsonl"])
+def test_what_is_abandoned_stays_under_another_name_and_leaves_what_stood_there(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("out.mp4" if kind == "video" else "out.jsonl")
+    path.write_text("before")
+    sink: Sink = VideoSink(path, 10) if kind == "video" else JsonLinesSink(path)
+    with pytest.raises(RuntimeError, match="boom"), sink:
+        for i in range(4):
+            write(sink, frame(i))
+        raise RuntimeError("boom")
+    assert path.read_text() == "before"
+    if kind == "video":
+        assert count_frames(tmp_path / "out.partial.mp4") == 4
+    else:
+        assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 4
+
+
+def test_lines_are_on_disk_before_the_end(tmp_path: Path) -> None:
+    with JsonLinesSink(tmp_path / "out.jsonl") as sink:
+        write(sink, frame(0))
+        assert (tmp_path / "out.jsonl.partial").read_bytes().endswith(b"}\n")
+        assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_earlier_lines_are_kept_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(DynaMaskError, match=r"out\.jsonl could not be written") as caught, largest_file(5000), JsonLinesSink(path) as sink:
+        for i in range(100):
+            write(sink, frame(i))
+    assert "\n" not in str(caught.value)
+    lines = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    assert len(lines) > 1
+    assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
+    assert not path.exists()
+
+
+def test_a_full_disk_while_a_video_is_written_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    with pytest.raises(DynaMaskError, match=r"out\.mp4 could not be written"), largest_file(20_000), VideoSink(path, 10) as sink:
+        for i in range(60):
+            write(sink, frame(i))
+    assert not path.exists()
+
+
+def test_a_folder_gets_one_annotated_picture_a_frame(tmp_path: Path) -> None:
+    with FolderSink(tmp_path / "frames") as sink:
+        write(sink, frame(0))
+        write(sink, frame(7))
+    assert sorted(path.name for path in (tmp_path / "frames").iterdir()) == ["000000.jpg", "000007.jpg"]
+    assert cv2.imread(str(tmp_path / "frames" / "000007.jpg")).shape == (64, 96, 3)
+
+
+def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\.mp4"):
+        VideoSink(tmp_path / "out.avi", 10)
+    (tmp_path / "file").touch()
+    for make in (lambda: VideoSink(tmp_path / "file" / "a.mp4", 10), lambda: JsonLinesSink(tmp_path / "file" / "a.jsonl")):
+        with pytest.raises(DynaMaskError, match="could not be written"):
+            make()
+
+
+def test_a_video_without_frames_leaves_no_file(tmp_path: Path) -> None:
+    with VideoSink(tmp_path / "out.mp4", 10):
+        pass
+    assert list(tmp_path.iterdir()) == []
