@@ -19,6 +19,7 @@ FRAMES = 100
 SEED = 9_000_001
 """Far from the seeds of the shapes that the carried model learnt and was judged on."""
 POLICIES = ("routed", "routed@50%", "uniform-14", "uniform-28", "uniform-56", "uniform-112", "size-based")
+PARITY_IMAGES = 2
 PICTURES = 4
 """Annotated images in the report."""
 
@@ -59,7 +60,7 @@ def run_demo(output: Path) -> dict[str, Any]:
     from runtime.bundle import Bundle
     from runtime.files import write_json
     from runtime.predictor import load
-    from runtime.report import write_report
+    from runtime.report import example_pictures, write_report
     from runtime.targets.onnxruntime import build
     from runtime.validate import read_coco, validate
 
@@ -72,17 +73,18 @@ def run_demo(output: Path) -> dict[str, Any]:
     with _step(f"Filming {FRAMES} frames of shapes in motion", "video", seconds):
         write_video(video, FRAMES, SEED)
     with _step("Exporting the carried lite0 to ONNX, compared with PyTorch", "export", seconds):
-        exported = export_bundle(checkpoint, bundle, None, sorted((data / "images").iterdir())[:PICTURES])
+        exported = export_bundle(checkpoint, bundle, None, sorted((data / "images").iterdir())[:PARITY_IMAGES])
     with _step("Building the ONNX Runtime engine", "engine", seconds):
         build(Bundle.open(bundle))
     with load(bundle, target="onnxruntime") as predictor:
         with _step("Streaming the video: decode, segment, draw, encode", "stream", seconds):
             streamed = _stream(predictor, video, output)
         with _step(f"Validating {len(POLICIES)} ways to choose the mask grid", "validation", seconds):
-            validation = validate(predictor, read_coco(data), POLICIES)
+            dataset = read_coco(data)
+            validation = validate(predictor, dataset, POLICIES)
         with _step("Writing the report", "report", seconds):
             write_json(output / "validation.json", validation)
-            write_report(validation, output / "report.html", _pictures(predictor, data))
+            write_report(validation, output / "report.html", example_pictures(predictor, dataset, PICTURES))
     paths = {name: str(output / name) for name in PRODUCTS}
     return {"paths": paths, "seconds": seconds, "export": exported, "stream": streamed, "policies": validation["policies"]}
 
@@ -150,17 +152,6 @@ def _stream(predictor: Predictor, video: Path, output: Path) -> dict[str, Any]:
     source = open_source(video)
     sinks = [VideoSink(output / "annotated.mp4", source.frame_rate), JsonLinesSink(output / "detections.jsonl")]
     return run_stream(predictor, source, sinks, score=0.3).to_dict()
-
-
-def _pictures(predictor: Predictor, data: Path) -> list[tuple[str, Any]]:
-    from runtime.annotate import annotate
-    from runtime.images import read_image
-
-    pictures = []
-    for path in sorted((data / "images").iterdir())[:PICTURES]:
-        image = read_image(path)
-        pictures.append((path.name, annotate(image, predictor(image))))
-    return pictures
 
 
 def _print(result: dict[str, Any]) -> None:

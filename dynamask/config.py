@@ -148,13 +148,13 @@ CONFIGS: dict[str, Config] = {
         model=LITE0.model_copy(update={"frozen_stages": 4, "mask_rois_per_image": 5}),
         data=DataConfig(kind="shapes", shapes_train=8000, workers=1),
         train=TrainConfig(
-            batch=4, rate=0.05, warmup_steps=100, warm_epochs=0.45, epochs=0.65, drops=(0.45, 0.58), budget=0.7, msm_rate_factor=3.0
+            batch=4, rate=0.05, warmup_steps=100, warm_epochs=0.85, epochs=0.25, drops=(0.15, 0.215), budget=0.7, msm_rate_factor=0.5
         ),
     ),
     "lite0-coco": Config(
         model=LITE0.model_copy(update={"canvas": (384, 384)}),
         data=DataConfig(kind="coco"),
-        train=TrainConfig(batch=8, rate=0.04, warmup_steps=100, msm_rate_factor=3.0),
+        train=TrainConfig(batch=4, rate=0.05, warmup_steps=100, msm_rate_factor=0.5),
     ),
 }
 """Named configurations, for `dynamask train --config NAME`."""

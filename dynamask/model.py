@@ -158,8 +158,8 @@ class DynaMask(nn.Module):
         return self._switched_losses(branch.msm(region), mask, edge)
 
     def _all_grid_losses(self, mask: Tensor, edge: Tensor) -> dict[str, Tensor]:
-        """Phase 1: the mean over the grids, so that a grid weighs as much as it would if it were chosen a quarter of the time."""
-        every = torch.full_like(mask, 1 / mask.shape[1])
+        """Phase 1: Eq. 3 and 4 with every grid switched on."""
+        every = torch.ones_like(mask)
         self.statistics = {f"mask_{grid}": float(loss) for grid, loss in zip(GRIDS, mask.detach().mean(dim=0), strict=True)}
         return {
             "loss_mask": switched_loss(every, mask),

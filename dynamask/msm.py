@@ -29,7 +29,11 @@ class SqueezeExcitation(nn.Module):
 
 
 class MaskSwitch(nn.Module):
-    """MSM: the RoI feature `[N, C, 14, 14]` -> logits over the four grids `[N, 4]` (Figure 4: SE block, two convolutions, two FC)."""
+    """MSM: the RoI feature `[N, C, 14, 14]` -> logits over the four grids `[N, 4]` (Figure 4: SE block, two convolutions, two FC).
+
+    Layer normalisation between the two FC layers is ours: RoI features are large, and without it the first steps over the budget
+    drive the logits so far apart that two grids are never chosen again (docs/results/shapes.md).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,13 +42,14 @@ class MaskSwitch(nn.Module):
         self.conv1 = nn.Conv2d(channels, width, 3, stride=2, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.fc1 = nn.Linear(width * 7 * 7, 128)
+        self.norm = nn.LayerNorm(128)
         self.fc2 = nn.Linear(128, 4)
         kaiming(self.conv1, self.conv2, self.fc1)
         gaussian(0.01, self.fc2)
 
     def forward(self, region: Tensor) -> Tensor:
         x = F.relu(self.conv2(F.relu(self.conv1(self.attention(region)))))
-        logits: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        logits: Tensor = self.fc2(F.relu(self.norm(self.fc1(x.flatten(1)))))
         return logits
 
 

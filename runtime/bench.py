@@ -7,13 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.doctor import usable_cores
+from runtime.doctor import processor, usable_cores
 from runtime.errors import InputError
 from runtime.instances import GRIDS
 
@@ -249,11 +248,4 @@ def machine() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {"cpu": _cpu_name(), "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}", "versions": versions}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()
+    return {"cpu": processor(), "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}", "versions": versions}

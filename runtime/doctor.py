@@ -29,7 +29,7 @@ def examine() -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "system": platform.platform(),
-            "cpu": _processor(),
+            "cpu": processor(),
             "cores": usable_cores(),
             "memory_gib": _memory_gib(),
         },
@@ -122,7 +122,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
