@@ -49,7 +49,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --numprocesses $(WORKERS) --durations 15
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
 
 test-gpu: $(READY)
 	$(BIN)/pytest --durations 15 -m gpu

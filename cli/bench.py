@@ -38,8 +38,8 @@ def routing(
     distribution: Annotated[str, typer.Option(metavar="A,B,C,D", help="Their parts at 14, 28, 56 and 112.")] = "35,34,21,10",
     repeats: Annotated[int, typer.Option(help="Timed rounds; medians are given.")] = 20,
     checkpoint: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The checkpoint that the bundle was exported from: its mask branch in PyTorch is measured too."),
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The checkpoint or preset that the bundle was exported from: its mask branch in PyTorch is measured too."),
     ] = None,
     target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine, and of PyTorch.")] = None,  # noqa: UP045
@@ -114,21 +114,22 @@ def _frames(folder: Path | None, manifest: Manifest) -> list[Any]:
     return [draw_image(np.random.default_rng([i]), *manifest.canvas)[0] for i in range(DRAWN_IMAGES)]
 
 
-def _eager(checkpoint: Path, manifest: Manifest, threads: int | None) -> Eager:
+def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
     """PyTorch's mask branch, eager, on the engine's inputs."""
     import torch
 
     from dynamask.inference import Detections, segment
-    from dynamask.train.checkpoint import load_model
+    from export.export import read_model
     from runtime.doctor import usable_cores
     from runtime.errors import InputError
 
-    model, config, classes = load_model(checkpoint)
-    if config.model.preset != manifest.preset or len(classes) != len(manifest.classes):
-        ours, theirs = f"{config.model.preset}, {len(classes)} classes", f"{manifest.preset}, {len(manifest.classes)} classes"
+    model, _ = read_model(checkpoint)
+    preset, classes = model.config.model.preset, len(model.classes)
+    if preset != manifest.preset or classes != len(manifest.classes):
+        ours, theirs = f"{preset}, {classes} classes", f"{manifest.preset}, {len(manifest.classes)} classes"
         raise InputError(f"{checkpoint} ({ours}) is not what the bundle ({theirs}) was exported from; give that checkpoint.")
     torch.set_num_threads(threads or usable_cores())
-    branch: Any = model.mask_branch
+    branch = model.mask_branch
     no_budget = torch.tensor(0.0)
 
     @torch.inference_mode()

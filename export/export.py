@@ -51,7 +51,7 @@ def export_bundle(
         InputError: the checkpoint or an image cannot be read, or the canvas does not fit.
         DynaMaskError: the exported graph does not agree with PyTorch; no bundle is left.
     """
-    model, trained = _model(checkpoint, canvas)
+    model, trained = read_model(checkpoint, canvas)
     config = model.config.model
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, MODEL)
@@ -72,8 +72,12 @@ def export_bundle(
     }
 
 
-def _model(checkpoint: str | os.PathLike[str], canvas: tuple[int, int] | None) -> tuple[DynaMask, bool]:
-    """The model in evaluation mode on the wanted canvas, and whether it was trained."""
+def read_model(checkpoint: str | os.PathLike[str], canvas: tuple[int, int] | None = None) -> tuple[DynaMask, bool]:
+    """The model of a checkpoint, or of a preset with random weights, in evaluation mode on the wanted canvas; and whether it was trained.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or the canvas does not fit.
+    """
     trained = str(checkpoint) not in PRESETS or Path(checkpoint).exists()
     if trained:
         loaded, config, classes = load_model(checkpoint)

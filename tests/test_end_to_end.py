@@ -1,0 +1,183 @@
+"""The carried checkpoint, exported and built for real: what holds of the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.utils
+import onnxruntime
+import pytest
+from typer.testing import CliRunner
+
+from cli.demo import carried_checkpoint
+from cli.main import app
+from dynamask.data.shapes import draw_image, write_dataset, write_video
+from export.export import export_bundle
+from runtime.bundle import MODEL, Bundle
+from runtime.errors import InputError
+from runtime.predictor import Predictor, load
+from runtime.preprocess import letterbox_normalise
+from runtime.sinks import JsonLinesSink, VideoSink
+from runtime.sources import open_source
+from runtime.stream import run_stream
+from runtime.targets.deform_conv_fallback import replace_deform_conv
+from runtime.targets.onnxruntime import build
+from runtime.validate import read_coco, validate
+
+GRIDS = (14, 28, 56, 112)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def dataset(folder: Path) -> Path:
+    write_dataset(folder / "shapes", 3, seed=77_001)
+    return folder / "shapes"
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path, dataset: Path) -> Path:
+    export_bundle(carried_checkpoint(), folder / "bundle", None, sorted((dataset / "images").iterdir())[:1])
+    build(Bundle.open(folder / "bundle"))
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def predictor(bundle: Path) -> Predictor:
+    return load(bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return draw_image(np.random.default_rng([77_002, 0]), 320, 320)[0]
+
+
+def test_the_graph_agrees_with_pytorch(bundle: Path) -> None:
+    parity = Bundle.open(bundle).manifest.parity
+    assert parity is not None and parity["holds"] and parity["instances"] > 10
+    assert parity["box_pixels"] < 0.1 and parity["score"] < 1e-3 and parity["mask_probability"] < 1e-3 and parity["other_grids"] == 0
+
+
+def test_the_graph_agrees_with_pytorch_on_real_images(bundle: Path, shared_data: Path) -> None:
+    """A model of shapes finds something in photographs too; what, does not matter here."""
+    import torch
+
+    from dynamask.train.checkpoint import load_model
+    from export.parity import measure_parity
+    from runtime.images import read_image
+    from runtime.targets.base import open_engine
+
+    model, config, _ = load_model(carried_checkpoint())
+    paths = sorted((shared_data / "coco_mini" / "val").glob("*.jpg"))[:3]
+    canvases = [letterbox_normalise(read_image(p), *config.model.canvas, config.model.mean, config.model.std)[0] for p in paths]
+    torch.set_num_threads(1)
+    with open_engine(Bundle.open(bundle), "onnxruntime", 1) as engine:
+        assert measure_parity(model, engine, canvases).holds()
+
+
+def test_the_graph_has_standard_operators_only(bundle: Path) -> None:
+    model = onnx.load(bundle / MODEL)
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert [o.name for o in model.graph.output] == ["boxes", "scores", "labels", "grids"] + [
+        f"{n}_{g}" for n in ("slots", "masks") for g in GRIDS
+    ]
+
+
+def test_a_stage_runs_on_its_instances_and_no_others(bundle: Path, image: np.ndarray) -> None:
+    """The batch that each deformable convolution sees is the number of instances whose grid is its stage's or larger."""
+    model = onnx.load(bundle / MODEL)
+    nodes = [node for node in model.graph.node if node.op_type == "DeformConv"]
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(node.output[0]) for node in nodes)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    canvas = letterbox_normalise(image, 320, 320, (0.5,) * 3, (0.5,) * 3)[0]
+    override = np.arange(100) % 4
+    for grids in (override, np.zeros_like(override), np.full_like(override, 3)):
+        names = ["grids", *(node.output[0] for node in nodes)]
+        given, *batches = session.run(names, {"image": canvas, "budget": np.float32(0).reshape(()), "grid_override": grids})
+        wanted = {GRIDS[k]: int((given >= k).sum()) for k in (1, 2, 3)}
+        assert [(b.shape[2], b.shape[0]) for b in batches] == [(g, wanted[g]) for g in (28, 28, 56, 56, 112, 112)]
+
+
+def test_the_deform_conv_fallback_gives_the_same_masks(bundle: Path, image: np.ndarray) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load(bundle / MODEL))
+    assert replace_deform_conv(model) == 6
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    peer = onnxruntime.InferenceSession(str(bundle / MODEL), providers=["CPUExecutionProvider"])
+    feeds = {
+        "image": letterbox_normalise(image, 320, 320, (0.5,) * 3, (0.5,) * 3)[0],
+        "budget": np.float32(0).reshape(()),
+        "grid_override": np.arange(100) % 4,
+    }
+    for ours, theirs in zip(session.run(None, feeds), peer.run(None, feeds), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-3)
+
+
+def test_a_budget_is_kept_and_larger_ones_give_larger_grids(predictor: Predictor, image: np.ndarray) -> None:
+    costs = predictor.bundle.manifest.grid_gmacs
+    means = []
+    for share in (0.1, 0.3, 0.5, 1.0):
+        found = predictor(image, budget=share * costs[112])
+        means.append(float(np.mean([costs[int(g)] for g in found.grids])))
+        assert means[-1] <= share * costs[112] * 1.00001
+    assert means == sorted(means)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (33, 700)])
+def test_images_of_any_shape_run(predictor: Predictor, size: tuple[int, int]) -> None:
+    found = predictor(np.full((*size, 3), 127, np.uint8))
+    assert found.masks.shape == (len(found), *size)
+    assert len(found.to_coco(1)) == len(found)
+
+
+def test_a_frame_without_detections_has_none(predictor: Predictor) -> None:
+    found = predictor(np.zeros((320, 320, 3), np.uint8))
+    kept = found[found.scores > 0.999999]
+    assert len(kept) == 0 and kept.masks.shape == (0, 320, 320) and kept.to_coco(1) == []
+
+
+def test_the_model_finds_most_shapes(predictor: Predictor, dataset: Path) -> None:
+    """Far under what docs/results/shapes.md reports; and half the largest grid's cost is kept to."""
+    result = validate(predictor, read_coco(dataset), ("routed@50%", "uniform-112"))["policies"]
+    assert result["uniform-112"]["segm"]["AP50"] > 50 and result["uniform-112"]["bbox"]["AP50"] > 60
+    assert result["routed@50%"]["gmacs"] <= 0.5 * result["uniform-112"]["gmacs"] * 1.00001
+
+
+def test_a_video_is_annotated(predictor: Predictor, folder: Path) -> None:
+    write_video(folder / "shapes.mp4", 12, seed=77_003)
+    source = open_source(folder / "shapes.mp4")
+    sinks = [VideoSink(folder / "out.mp4", source.frame_rate), JsonLinesSink(folder / "out.jsonl")]
+    report = run_stream(predictor, source, sinks)
+    assert report.frames == 12 and report.dropped == 0
+    assert len((folder / "out.jsonl").read_text().splitlines()) == 12
+    with open_source(folder / "out.mp4") as written:
+        assert sum(1 for _ in written) == 12 and written.size == (320, 320)
+
+
+def test_a_real_video_runs(predictor: Predictor, shared_data: Path, folder: Path) -> None:
+    source = open_source(shared_data / "video" / "car-detection.mp4")
+    report = run_stream(predictor, source, [VideoSink(folder / "car.mp4", source.frame_rate)], limit=5)
+    assert report.frames == 5
+
+
+def test_predict_writes_coco_results(bundle: Path, dataset: Path, folder: Path) -> None:
+    images = [str(p) for p in sorted((dataset / "images").iterdir())]
+    result = CliRunner().invoke(app, ["predict", str(bundle), *images, "--json", str(folder / "found.json")])
+    assert result.exit_code == 0, result.output
+    assert (folder / "found.json").stat().st_size > 100
+
+
+def test_a_changed_byte_is_refused(bundle: Path, folder: Path) -> None:
+    import shutil
+
+    copy = folder / "damaged"
+    shutil.copytree(bundle, copy)
+    data = bytearray((copy / MODEL).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / MODEL).write_bytes(data)
+    with pytest.raises(InputError, match=MODEL):
+        load(copy)
