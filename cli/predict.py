@@ -33,7 +33,7 @@ def predict(
     target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
     budget: Annotated[Optional[float], typer.Option(help="Mean GMAC per instance to keep to.")] = None,  # noqa: UP045
     grid: Annotated[Grid, typer.Option(help="The model chooses each instance's mask grid, or this one for all, or by size.")] = Grid.routed,
-    score: Annotated[float, typer.Option(min=0, max=1, help="The lowest score kept.")] = 0.3,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out instances that score this or less.")] = 0.3,
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine.")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option(help="Folder for annotated pictures.")] = None,  # noqa: UP045
     json: Annotated[Optional[Path], typer.Option(help="Write the detections here, masks as COCO run-lengths.")] = None,  # noqa: UP045
@@ -54,8 +54,7 @@ def predict(
                 typer.echo(str(error), err=True)
                 failures.append({"image": str(path), "reason": str(error)})
                 continue
-            instances = predictor(image, grid_override=_OVERRIDES[grid])
-            instances = instances[instances.scores >= score]
+            instances = predictor(image, grid_override=_OVERRIDES[grid], min_score=score)
             records.append(_record(number, path, instances))
             if output is not None:
                 _draw(output / f"{path.stem}.{number}.png" if _repeated(path, images) else output / f"{path.stem}.png", image, instances)

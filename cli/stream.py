@@ -30,7 +30,7 @@ def stream(
     grid: Annotated[
         str, typer.Option(help="routed, routed@50% (of the largest grid), uniform-14, -28, -56, -112 or size-based.")
     ] = "routed",
-    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out instances below this score.")] = 0.3,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out instances that score this or less.")] = 0.3,
     limit: Annotated[int | None, typer.Option(min=1, help="End after this many frames of each source.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
 ) -> None:

@@ -77,8 +77,12 @@ def propose(model: DynaMask, image: Tensor, pyramid: Sequence[Tensor]) -> tuple[
     return box.index_select(0, keep), valid
 
 
-def detect(model: DynaMask, image: Tensor) -> tuple[list[Tensor], Detections]:
-    """Backbone, i-FPN, RPN and box head on one normalised canvas `[1, 3, H, W]` -> P2..P5 and the detections."""
+def detect(model: DynaMask, image: Tensor, min_score: Tensor | float = 0.0) -> tuple[list[Tensor], Detections]:
+    """Backbone, i-FPN, RPN and box head on one normalised canvas `[1, 3, H, W]` -> P2..P5 and the detections.
+
+    Detections at or below `min_score` (`[]`, or the model's own threshold where that is higher) leave their slots empty, so that the mask
+    branch does no work for them.
+    """
     config = model.config.model
     pyramid = model.backbone(image)
     proposals, valid = propose(model, image, pyramid)
@@ -88,7 +92,8 @@ def detect(model: DynaMask, image: Tensor) -> tuple[list[Tensor], Detections]:
     boxes = clip_boxes_to_image(boxes.reshape(-1, 4), _size(image))
     classes = scores.shape[1]
     score, index = scores.reshape(-1).topk(min(10 * config.detections, scores.numel()))
-    score = torch.where(score > config.score_threshold, score, torch.zeros_like(score))
+    least = torch.as_tensor(min_score, dtype=score.dtype, device=score.device).clamp(min=config.score_threshold)
+    score = torch.where(score > least, score, torch.zeros_like(score))
     box, label = boxes.index_select(0, index), index % classes
     apart = label[:, None].to(box.dtype) * float(2 * max(_size(image)))
     keep, valid = _nms_slots(box + apart, score, config.nms_threshold, config.detections)

@@ -17,14 +17,14 @@ from dynamask.model import DynaMask
 from runtime.files import atomic_path
 
 OPSET = 20
-INPUTS = ("image", "budget", "grid_override")
+INPUTS = ("image", "min_score", "budget", "grid_override")
 DETECTIONS = ("boxes", "scores", "labels")
 PYRAMID = ("p2", "p3", "p4", "p5")
 MASKS = ("grids", *(f"slots_{g}" for g in GRIDS), *(f"masks_{g}" for g in GRIDS))
 
 
 class InferenceGraph(nn.Module):
-    """The inference pass as one module: `(image [1, 3, H, W], budget [], grid_override [K])` -> `DETECTIONS`, `MASKS` and `PYRAMID`, flat.
+    """The inference pass as one module: `INPUTS` -> `DETECTIONS`, `MASKS` and `PYRAMID`, flat.
 
     The pyramid is among the outputs only so that its tensors get their names; `export_graph` takes it out again.
     """
@@ -33,8 +33,8 @@ class InferenceGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor, budget: Tensor, grid_override: Tensor) -> tuple[Tensor, ...]:
-        pyramid, detections = detect(self.model, image)
+    def forward(self, image: Tensor, min_score: Tensor, budget: Tensor, grid_override: Tensor) -> tuple[Tensor, ...]:
+        pyramid, detections = detect(self.model, image, min_score)
         canvas = (image.shape[-2], image.shape[-1])
         masks = segment(self.model.mask_branch, pyramid, detections, canvas, budget, grid_override)
         return (*detections, masks.grids, *masks.slots, *masks.logits, *pyramid)
@@ -46,7 +46,7 @@ def export_graph(model: DynaMask, path: Path, canvas: tuple[int, int]) -> dict[s
     Names and shapes of inputs, outputs and inner boundary tensors are those of docs/architecture.md.
     """
     slots = model.config.model.detections
-    example = (torch.zeros(1, 3, *canvas), torch.tensor(0.0), torch.full((slots,), -1, dtype=torch.int64))
+    example = (torch.zeros(1, 3, *canvas), torch.tensor(0.0), torch.tensor(0.0), torch.full((slots,), -1, dtype=torch.int64))
     # The exporter counts steps on standard output and warns about its own and torchvision's deprecations.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

@@ -56,7 +56,9 @@ class Predictor:
         """Free the engine."""
         self.engine.close()
 
-    def __call__(self, image: npt.NDArray[np.uint8], budget: float | None = None, grid_override: GridOverride = None) -> Instances:
+    def __call__(
+        self, image: npt.NDArray[np.uint8], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+    ) -> Instances:
         """The instances in an image, by falling score, with `times_ms` of `preprocess`, `detector` and `masks`.
 
         Args:
@@ -64,6 +66,7 @@ class Predictor:
             budget: mean GMAC an instance, for this image; 0 is none, None is the predictor's own.
             grid_override: one value for all slots or `[K]`: 0..3 that grid (14, 28, 56, 112), 4 the size-based rule (Eq. 8),
                 -1 or None the model's choice.
+            min_score: instances that score this or less are left out before their masks are computed.
 
         Raises:
             InputError: not such an image, or a budget or grid that does not exist.
@@ -77,7 +80,7 @@ class Predictor:
         start = time.perf_counter()
         canvas, scale = letterbox_normalise(image, *manifest.canvas, manifest.mean, manifest.std, out=self._canvas)
         preprocess_ms = 1000 * (time.perf_counter() - start)
-        output = self.engine.run(canvas, self.budget if budget is None else budget, grid_override)
+        output = self.engine.run(canvas, self.budget if budget is None else budget, grid_override, min_score)
         return self._instances(output, scale, (image.shape[0], image.shape[1]), preprocess_ms)
 
     def _instances(self, output: EngineOutput, scale: float, size: tuple[int, int], preprocess_ms: float) -> Instances:

@@ -77,7 +77,7 @@ def run_stream(
     end of the source would: what the engine finished is written, and the sinks are finished.
 
     Args:
-        score: instances below it are left out of the sinks and of the report.
+        score: instances that score this or less are left out, and cost no mask.
         limit: end after that many frames.
         progress: called with the number of frames done, from the thread that writes.
         grid_override: 0..3 that grid (14, 28, 56, 112) for all, 4 the size-based rule (Eq. 8), None the model's choice.
@@ -130,13 +130,12 @@ def _overlap(
 
 def _segment(predictor: Predictor, frame: Frame, score: float, grid_override: int | None, measured: _Measured) -> _Pasted:
     start = time.perf_counter()
-    found = predictor(frame.image, grid_override=grid_override)
+    instances = predictor(frame.image, grid_override=grid_override, min_score=score)
     before_paste = time.perf_counter()
-    instances = found[found.scores >= score]
     # The instances keep their crops: the sinks do not paste again.
     deque(instances.crops(), maxlen=0)
     end = time.perf_counter()
-    instances.times_ms = {**found.times_ms, "paste": 1000 * (end - before_paste), "total": 1000 * (end - start)}
+    instances.times_ms = {**instances.times_ms, "paste": 1000 * (end - before_paste), "total": 1000 * (end - start)}
     measured.add(instances)
     return frame, instances
 

@@ -27,6 +27,7 @@ from runtime.targets.onnxruntime import build, has_deform_conv
 from runtime.validate import read_coco, validate
 
 GRIDS = (14, 28, 56, 112)
+ZERO = np.zeros((), np.float32)
 needs_deform_conv = pytest.mark.skipif(not has_deform_conv(), reason="this ONNX Runtime has no DeformConv: engines use the fallback")
 
 
@@ -100,7 +101,7 @@ def test_a_stage_runs_on_its_instances_and_no_others(bundle: Path, image: np.nda
     override = np.arange(100) % 4
     for grids in (override, np.zeros_like(override), np.full_like(override, 3)):
         names = ["grids", *(node.output[0] for node in nodes)]
-        given, *batches = session.run(names, {"image": canvas, "budget": np.float32(0).reshape(()), "grid_override": grids})
+        given, *batches = session.run(names, {"image": canvas, "min_score": ZERO, "budget": ZERO, "grid_override": grids})
         wanted = {GRIDS[k]: int((given >= k).sum()) for k in (1, 2, 3)}
         assert [(b.shape[2], b.shape[0]) for b in batches] == [(g, wanted[g]) for g in (28, 28, 56, 56, 112, 112)]
 
@@ -113,7 +114,8 @@ def test_the_deform_conv_fallback_gives_the_same_masks(bundle: Path, image: np.n
     peer = onnxruntime.InferenceSession(str(bundle / MODEL), providers=["CPUExecutionProvider"])
     feeds = {
         "image": letterbox_normalise(image, 320, 320, (0.5,) * 3, (0.5,) * 3)[0],
-        "budget": np.float32(0).reshape(()),
+        "min_score": ZERO,
+        "budget": ZERO,
         "grid_override": np.arange(100) % 4,
     }
     for ours, theirs in zip(session.run(None, feeds), peer.run(None, feeds), strict=True):
@@ -130,6 +132,14 @@ def test_a_budget_is_kept_and_larger_ones_give_larger_grids(predictor: Predictor
     assert means == sorted(means)
 
 
+def test_what_scores_too_low_costs_no_mask(predictor: Predictor, image: np.ndarray) -> None:
+    every, sure = predictor(image), predictor(image, min_score=0.5)
+    kept = every[every.scores > 0.5]
+    assert 0 < len(sure) == len(kept) < len(every)
+    np.testing.assert_allclose(sure.boxes, kept.boxes, atol=1e-3)
+    assert (sure.masks == kept.masks).mean() > 0.999
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (33, 700)])
 def test_images_of_any_shape_run(predictor: Predictor, size: tuple[int, int]) -> None:
     found = predictor(np.full((*size, 3), 127, np.uint8))
@@ -138,9 +148,8 @@ def test_images_of_any_shape_run(predictor: Predictor, size: tuple[int, int]) ->
 
 
 def test_a_frame_without_detections_has_none(predictor: Predictor) -> None:
-    found = predictor(np.zeros((320, 320, 3), np.uint8))
-    kept = found[found.scores > 0.999999]
-    assert len(kept) == 0 and kept.masks.shape == (0, 320, 320) and kept.to_coco(1) == []
+    found = predictor(np.zeros((320, 320, 3), np.uint8), min_score=0.999999)
+    assert len(found) == 0 and found.masks.shape == (0, 320, 320) and found.to_coco(1) == []
 
 
 def test_the_model_finds_most_shapes(predictor: Predictor, dataset: Path) -> None:

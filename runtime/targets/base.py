@@ -60,8 +60,13 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the engine; it cannot run any more."""
 
-    def run(self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None) -> EngineOutput:
-        """Detect and segment one normalised canvas `[1, 3, H, W]`; `budget` is the mean GMAC an instance, none where None or 0."""
+    def run(
+        self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+    ) -> EngineOutput:
+        """Detect and segment one normalised canvas `[1, 3, H, W]`.
+
+        `budget` is the mean GMAC an instance, none where None or 0; what scores `min_score` or less is left out before the mask branch.
+        """
 
 
 def open_engine(bundle: Bundle, target: str = "auto", threads: int | None = None) -> Engine:

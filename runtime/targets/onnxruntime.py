@@ -67,16 +67,20 @@ class OnnxRuntimeEngine:
         shapes = {value.name: value.shape for value in self._masks.get_inputs()}
         return [tuple(shapes[name]) for name in FEATURES]
 
-    def run(self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None) -> EngineOutput:
+    def run(
+        self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+    ) -> EngineOutput:
         """Detect and segment one canvas.
 
         Args:
             image: `[1, 3, H, W] float32`, normalised.
             budget: mean GMAC an instance to keep to; none where None or 0.
             grid_override: one value for all slots or `[K]`.
+            min_score: what scores this or less is left out before the mask branch.
         """
         start = time.perf_counter()
-        detected = self._detector.run_with_ort_values((*FEATURES, *DETECTIONS), {"image": _value(image)})
+        inputs = {"image": _value(image), "min_score": _value(np.array(min_score, np.float32))}
+        detected = self._detector.run_with_ort_values((*FEATURES, *DETECTIONS), inputs)
         found = time.perf_counter()
         boxes, scores, labels = detected[4:]
         grids, masks = self.run_masks(detected[:4], boxes, scores, labels, budget, grid_override)
@@ -140,7 +144,7 @@ def build(bundle: Bundle) -> EngineEntry:
 
         replace_deform_conv(model)
     parts = {
-        DETECTOR: _cut(bundle, model, ("image",), (*FEATURES, *DETECTIONS)),
+        DETECTOR: _cut(bundle, model, ("image", "min_score"), (*FEATURES, *DETECTIONS)),
         MASKS: _cut(bundle, model, (*FEATURES, *DETECTIONS, *CONTROLS), MASK_OUTPUTS),
     }
     with tempfile.TemporaryDirectory() as folder:

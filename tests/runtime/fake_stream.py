@@ -47,11 +47,12 @@ class FakePredictor:
         self.calls = 0
         self._count, self._error, self._at = count, error, at
 
-    def __call__(self, image: np.ndarray[Any, np.dtype[np.uint8]], grid_override: int | None = None) -> Instances:
+    def __call__(self, image: np.ndarray[Any, np.dtype[np.uint8]], grid_override: int | None = None, min_score: float = 0.0) -> Instances:
         self.calls += 1
         if self._error is not None and self.calls == self._at:
             raise self._error
-        return make_instances(self._count, image.shape[:2], seed=self.calls)
+        found = make_instances(self._count, image.shape[:2], seed=self.calls)
+        return found[found.scores > min_score]
 
 
 def write_video(path: Path, frames: int = 30, height: int = 64, width: int = 96, rate: int = 10) -> Path:

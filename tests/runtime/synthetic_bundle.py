@@ -59,7 +59,11 @@ def graph():
         helper.make_node("AveragePool", ["image"], [f"p{level}"], kernel_shape=[2**level] * 2, strides=[2**level] * 2)
         for level in (2, 3, 4, 5)
     ]
-    nodes += [helper.make_node("Identity", [f"const_{name}"], [name]) for name in ("boxes", "scores", "labels")]
+    nodes += [helper.make_node("Identity", [f"const_{name}"], [name]) for name in ("boxes", "labels")]
+    nodes += [
+        helper.make_node("Greater", ["const_scores", "min_score"], ["sure"]),
+        helper.make_node("Where", ["sure", "const_scores", "zero"], ["scores"]),
+    ]
     nodes += [
         helper.make_node("Greater", ["budget", "zero"], ["limited"]),
         helper.make_node("Where", ["limited", "least", "free"], ["chosen"]),
@@ -88,6 +92,7 @@ def graph():
     floats, ints = TensorProto.FLOAT, TensorProto.INT64
     inputs = [
         helper.make_tensor_value_info("image", floats, [1, 3, SIDE, SIDE]),
+        helper.make_tensor_value_info("min_score", floats, []),
         helper.make_tensor_value_info("budget", floats, []),
         helper.make_tensor_value_info("grid_override", ints, [SLOTS]),
     ]

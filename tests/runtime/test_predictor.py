@@ -64,6 +64,7 @@ def test_two_sessions_give_what_the_whole_graph_gives(predictor, bundle, synthet
     whole = ort.InferenceSession(bundle.path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [value.name for value in whole.get_outputs()]
     inputs = {"image": image, "budget": np.array(0, np.float32), "grid_override": np.full(synthetic.SLOTS, -1)}
+    inputs["min_score"] = np.array(0, np.float32)
     expected = dict(zip(names, whole.run(None, inputs), strict=True))
     for name in ("boxes", "scores", "labels", "grids"):
         np.testing.assert_array_equal(getattr(output, name), expected[name])

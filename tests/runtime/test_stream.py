@@ -95,7 +95,7 @@ def test_a_truncated_video_is_finished_with_what_it_holds(tmp_path: Path) -> Non
 
 def test_decoding_inference_and_writing_overlap(tmp_path: Path) -> None:
     class SlowPredictor(FakePredictor):
-        def __call__(self, image, grid_override=None):  # type: ignore[no-untyped-def]
+        def __call__(self, image, grid_override=None, min_score=0.0):  # type: ignore[no-untyped-def]
             time.sleep(0.02)
             return super().__call__(image)
 
@@ -108,7 +108,7 @@ def test_a_slow_sink_makes_the_source_wait(tmp_path: Path) -> None:
     ahead = []
 
     class Watching(FakePredictor):
-        def __call__(self, image, grid_override=None):  # type: ignore[no-untyped-def]
+        def __call__(self, image, grid_override=None, min_score=0.0):  # type: ignore[no-untyped-def]
             ahead.append(self.calls - len(sink.indices))
             return super().__call__(image)
 
