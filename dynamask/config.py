@@ -148,13 +148,21 @@ CONFIGS: dict[str, Config] = {
         model=LITE0.model_copy(update={"frozen_stages": 4, "mask_rois_per_image": 5}),
         data=DataConfig(kind="shapes", shapes_train=8000, workers=1),
         train=TrainConfig(
-            batch=4, rate=0.05, warmup_steps=100, warm_epochs=0.85, epochs=0.25, drops=(0.15, 0.215), budget=0.7, msm_rate_factor=0.5
+            batch=4,
+            rate=0.05,
+            warmup_steps=100,
+            warm_epochs=0.8,
+            epochs=0.7,
+            drops=(0.5, 0.62),
+            regularisation_weight=0.1,
+            budget=1.2,
+            msm_rate_factor=4.0,
         ),
     ),
     "lite0-coco": Config(
         model=LITE0.model_copy(update={"canvas": (384, 384)}),
         data=DataConfig(kind="coco"),
-        train=TrainConfig(batch=4, rate=0.05, warmup_steps=100, msm_rate_factor=0.5),
+        train=TrainConfig(batch=4, rate=0.05, warmup_steps=100, msm_rate_factor=4.0),
     ),
 }
 """Named configurations, for `dynamask train --config NAME`."""

@@ -78,7 +78,7 @@ def read_model(checkpoint: str | os.PathLike[str], canvas: tuple[int, int] | Non
     Raises:
         InputError: the checkpoint cannot be read, or the canvas does not fit.
     """
-    trained = str(checkpoint) not in PRESETS or Path(checkpoint).exists()
+    trained = str(checkpoint) not in PRESETS or Path(checkpoint).is_file()
     if trained:
         loaded, config, classes = load_model(checkpoint)
         if canvas is None:
