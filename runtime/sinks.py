@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -29,24 +30,24 @@ _TICKS = 90_000
 """Time stamps a second in the video written, as usual for MPEG."""
 
 
-class Sink:
+class Sink(abc.ABC):
     """Takes the result of every frame, in order. As a context manager it is finished when the block ends well, else abandoned.
 
     What a sink writes carries another name until it is finished, so that what was abandoned never looks whole and is still there.
     """
 
+    @abc.abstractmethod
     def write(self, frame: Frame, instances: Instances) -> None:
         """Take the result of one frame.
 
         Raises:
             DynaMaskError: it could not be written; what was written before is kept.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Finish: what was written takes its own name."""
 
-    def abandon(self) -> None:
+    def abandon(self) -> None:  # noqa: B027
         """Stop after an error: what was written stays, under its provisional name."""
 
     def __enter__(self) -> Sink:

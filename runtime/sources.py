@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return ImageSource(path, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else VideoSource(path)
 
 
-class _OpenedOnFirstFrame:
+class _OpenedOnFirstFrame(abc.ABC):
     """A source that decodes its first frame when it is opened, so that a bad file is refused before anything else starts."""
 
     path: Path
@@ -108,10 +109,11 @@ class _OpenedOnFirstFrame:
         del first
         yield from self._decoded
 
+    @abc.abstractmethod
     def _decode(self) -> Iterator[Frame]:
-        raise NotImplementedError
+        """All frames that can be decoded, from the first."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Free what the source holds open."""
 
     def __enter__(self) -> Source:

@@ -164,12 +164,22 @@ def test_ctrl_c_finishes_the_outputs_with_what_the_engine_had_done(tmp_path: Pat
     assert not list(tmp_path.glob("*.partial*"))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as an interactive shell has it: what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_real_ctrl_c_ends_a_stream_that_waits(tmp_path: Path) -> None:
     # The main thread waits for the slow sink when the signal comes.
     sink = RecordingSink(seconds=0.05)
+    source = open_source(write_video(tmp_path / "in.mp4", frames=60))
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    report = run_stream(FakePredictor(0), open_source(write_video(tmp_path / "in.mp4", frames=60)), [sink])
+    report = run_stream(FakePredictor(0), source, [sink])
     timer.join()
     assert report.interrupted
     assert (sink.ended, len(sink.indices)) == ("closed", report.frames)
