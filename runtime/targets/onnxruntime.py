@@ -49,6 +49,8 @@ class OnnxRuntimeEngine:
         self.manifest = bundle.manifest
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        # Threads that wait spin by default, and take the cores from the other session, the decoder and the encoder.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._detector, self._masks = (_session(bundle, name, options) for name in (DETECTOR, MASKS))
 
     def __enter__(self) -> OnnxRuntimeEngine:
