@@ -157,7 +157,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} is not in COCO format: it has no list of {section}.")
     for section in ("images", "categories"):
         if not tree[section]:
-            raise InputError(f"{path} is empty: its list of {section} has no entry.")
+            raise InputError(f"{path} is empty: its list of {section} has no entry; export it with at least one.")
     return tree
 
 
