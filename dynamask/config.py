@@ -84,10 +84,12 @@ class TrainConfig(_Strict):
     """Phase 1: no MSM, the mask loss at all four grids."""
     epochs: float = 12.0
     """Phase 2: all modules."""
+    switch_epochs: float = 0.0
+    """Phase 3, ours: the MSM alone on frozen features, cheap steps for the module that learns slowest (docs/results/shapes.md)."""
     rate: float = 0.02
     """Learning rate at a batch of 16; scaled in proportion to the batch."""
     drops: tuple[float, ...] = (8.0, 11.0)
-    """Epochs of phase 2 after which the rate falls tenfold."""
+    """Epochs of phase 2 after which the rate falls tenfold. Phase 3 has the full rate, and a tenth for its last quarter."""
     warmup_steps: int = 500
     momentum: float = 0.9
     weight_decay: float = 1e-4

@@ -68,7 +68,8 @@ class DynaMask(nn.Module):
     """Two-stage instance segmenter whose masks have the grid that each instance needs.
 
     In training mode, `model(images [B, 3, H, W], targets)` returns the losses, weighted as in Eq. 7 and to be summed; `phase` 1 trains
-    without the MSM, at all grids, `phase` 2 trains everything. `statistics` then holds the step's share of each grid and mean cost.
+    without the MSM, at all grids, `phase` 2 trains everything, `phase` 3 the MSM alone. `statistics` then holds the step's share of each
+    grid and mean cost.
     `dynamask.inference` runs it.
     """
 
@@ -109,14 +110,19 @@ class DynaMask(nn.Module):
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a batch: images `[B, 3, H, W] float32`, targets with `boxes [G, 4]`, `labels [G]` from 1, `masks [G, H, W] uint8`."""
-        pyramid = self.backbone(images)
-        sizes = [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
-        proposals, losses = self.rpn(ImageList(images, sizes), {str(i): x for i, x in enumerate(pyramid)}, targets)
-        proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
-        losses = dict(losses)
-        losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
-        losses |= self._mask_losses(pyramid, proposals, matched, labels, targets)
-        return losses
+        switch_alone = self.phase == 3
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not switch_alone):
+            pyramid = self.backbone(images)
+            sizes = [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
+            proposals, losses = self.rpn(ImageList(images, sizes), {str(i): x for i, x in enumerate(pyramid)}, targets)
+            proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
+            losses = dict(losses)
+            losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
+            region, mask, edge = self._grid_losses(pyramid, proposals, matched, labels, targets)
+        if self.phase == 1:
+            return losses | self._all_grid_losses(mask, edge)
+        switched = self._switched_losses(self.mask_branch.msm(region), mask, edge)
+        return switched if switch_alone else losses | switched
 
     def box_outputs(self, pyramid: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits `[N, C + 1]` and box deltas `[N, 4 (C + 1)]` of RoIs `[N, 5]`; the sampling is torchvision's."""
@@ -131,14 +137,15 @@ class DynaMask(nn.Module):
         classifier, box = fastrcnn_loss(logits, deltas, labels, regression)
         return classifier, box
 
-    def _mask_losses(
+    def _grid_losses(
         self,
         pyramid: Sequence[Tensor],
         proposals: list[Tensor],
         matched: list[Tensor],
         labels: list[Tensor],
         targets: list[dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid."""
         limit = self.config.model.mask_rois_per_image
         kept = [torch.nonzero(label > 0)[:, 0] for label in labels]
         kept = [index[torch.randperm(len(index), device=index.device)[:limit]] for index in kept]
@@ -153,9 +160,7 @@ class DynaMask(nn.Module):
         mask = grid_cross_entropy([branch.heads.mask_logits(k, x, classes) for k, x in enumerate(features)], mask_targets)
         edge_targets = [edge_target(t) for t in mask_targets]
         edge = grid_cross_entropy([branch.heads.edge_logits(k, x) for k, x in enumerate(features)], edge_targets)
-        if self.phase == 1:
-            return self._all_grid_losses(mask, edge)
-        return self._switched_losses(branch.msm(region), mask, edge)
+        return region, mask, edge
 
     def _all_grid_losses(self, mask: Tensor, edge: Tensor) -> dict[str, Tensor]:
         """Phase 1: Eq. 3 and 4 with every grid switched on."""

@@ -49,7 +49,7 @@ UNIFORM_GRIDS = (14, 112)
 VAL_SEED_OFFSET = 1_000_003
 """Between the seed of the shapes to learn from and that of the shapes to judge on."""
 FREE_FIELDS = {
-    "train": {"epochs", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "threads"},
+    "train": {"epochs", "switch_epochs", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "threads"},
     "data": {"workers"},
 }
 """Fields that may change when a run is resumed: none of them alters the steps already done."""
