@@ -39,6 +39,8 @@ def train(
     if weights is not None:
         overrides["weights"] = weights
     result = run_training(load_config(config, overrides), output, resume)
+    if not result:  # one of several processes, and not the one that reports
+        return
     if json is not None:
         write_json(json, result)
     typer.echo(_summary(result))

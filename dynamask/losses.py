@@ -1,6 +1,7 @@
 """The losses of the mask branch, Eq. 3 to 7.
 
-N positive instances, K = 4 grids, y the switching states; sums over instances are divided by N.
+N positive instances, K = 4 grids, y the switching states; sums over instances are divided by N. Where several processes train together,
+N and the means over the batch are those of all processes (`dynamask.distributed`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dynamask.distributed import batch_mean, instances_per_process
 
 LAPLACIAN = ((-1.0, -1.0, -1.0), (-1.0, 8.0, -1.0), (-1.0, -1.0, -1.0))
 EDGE_THRESHOLD = 0.1
@@ -34,7 +37,8 @@ def grid_cross_entropy(logits: Sequence[Tensor], targets: Sequence[Tensor]) -> T
 
 def switched_loss(y: Tensor, losses: Tensor) -> Tensor:
     """L_mask (Eq. 3) or L_edge (Eq. 4): `sum_i sum_k y_ik l_ik / N`, from y `[N, K]` and the losses `[N, K]` of mask or edge."""
-    return (y * losses).sum() / max(len(y), 1)
+    count = instances_per_process(len(y), y.device)
+    return (y * losses).sum() / (count or 1.0)
 
 
 def edge_target(masks: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def edge_target(masks: Tensor) -> Tensor:
 
 def mean_cost(y: Tensor, costs: Tensor) -> Tensor:
     """E(C): the batch's mean cost of the selected grids, from y `[N, K]` and costs `[K]`; differentiable through y."""
-    return (y @ costs).mean() if len(y) else y.sum()
+    return batch_mean(y) @ costs
 
 
 def budget_loss(y: Tensor, costs: Tensor, target: float) -> Tensor:
@@ -56,9 +60,7 @@ def budget_loss(y: Tensor, costs: Tensor, target: float) -> Tensor:
 
 def entropy_loss(probabilities: Tensor) -> Tensor:
     """L_entropy (Eq. 6): `(1/K) sum_k f_k log f_k` with f_k the batch mean of P_k `[N, K]`; smallest when the grids are used alike."""
-    if not len(probabilities):
-        return probabilities.sum()
-    frequency = probabilities.mean(dim=0)
+    frequency = batch_mean(probabilities)
     return torch.special.xlogy(frequency, frequency).mean()
 
 

@@ -72,20 +72,22 @@ class Schedule:
         periodic = self.config.checkpoint_every > 0 and step % self.config.checkpoint_every == 0
         return periodic or step % self.steps_per_epoch == 0 or self.evaluates(step)
 
-    def seed(self, step: int) -> int:
-        """The seed of the step's own randomness (sampled RoIs, Gumbel noise)."""
-        return mixed_seed(self.config.seed, "step", step)
+    def seed(self, step: int, rank: int = 0) -> int:
+        """The seed of the step's own randomness (sampled RoIs, Gumbel noise) in the process `rank`."""
+        return mixed_seed(self.config.seed, "step", step, *([rank] if rank else []))
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of `(image index, epoch)` from `first_step` to the schedule's last.
+    """Batches of `(image index, epoch)` from `first_step` to the schedule's last; of each, every `size`-th from the `rank`-th on.
 
-    Each epoch has its own order, drawn from the seed and the epoch alone, so that a run resumed at any step meets the same images.
+    Each epoch has its own order, drawn from the seed and the epoch alone, so that a run resumed at any step, by any number of
+    processes, meets the same images.
     """
 
-    def __init__(self, schedule: Schedule, first_step: int) -> None:
+    def __init__(self, schedule: Schedule, first_step: int, rank: int = 0, size: int = 1) -> None:
         self.schedule = schedule
         self.first_step = first_step
+        self.rank, self.size = rank, size
 
     def __len__(self) -> int:
         return max(0, self.schedule.total_steps - self.first_step)
@@ -97,7 +99,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             epoch, position = divmod(step, per_epoch)
             if position == 0 or not order:
                 order = self._order(epoch)
-            yield [(index, epoch) for index in order[position * batch : (position + 1) * batch]]
+            whole = order[position * batch : (position + 1) * batch]
+            yield [(index, epoch) for index in whole[self.rank :: self.size]]
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(mixed_seed(self.schedule.config.seed, "epoch", epoch))

@@ -16,15 +16,18 @@ from typing import Any
 
 import cv2
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from dynamask.config import Config
 from dynamask.data.canvas import CanvasDataset, collate
 from dynamask.data.coco import CocoDataset
 from dynamask.data.shapes import ShapesDataset
+from dynamask.distributed import World, joined
 from dynamask.model import DynaMask, build_model
 from dynamask.train.checkpoint import (
     TrainingState,
@@ -61,22 +64,37 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
     The samples, their augmentation and all other randomness depend only on the seed, the epoch and the step, so that a resumed
     run does the steps that an uninterrupted one would have done (bit for bit on the CPU). SIGINT and SIGTERM end the run after
-    the current step, with everything saved.
+    the current step, with everything saved. Started by `torchrun`, the processes share every batch; the first one alone writes, evaluates
+    and reports, and a run that torchrun starts again after a failure resumes by itself.
 
     Returns:
         What `metrics.json` holds: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
         grid), `checkpoint`, `best`, `seconds`.
 
     Raises:
-        InputError: the output folder holds another run, there is nothing to resume, or the data cannot be used.
-        DynaMaskError: a loss is not finite, or a file cannot be written; the last checkpoint is kept.
+        InputError: the output folder holds another run, there is nothing to resume, the data cannot be used, or the batch cannot be
+            shared by the processes.
+        DynaMaskError: a loss is not finite, a file cannot be written, or another process of the run has died; the last checkpoint is kept.
     """
-    state = _state_to_resume(config, output, resume)
     if config.train.threads > 0:
         torch.set_num_threads(config.train.threads)
-    with _interruption() as interruption, ProgressReport(quiet) as report:
-        run = _Run.prepared(config, output, state, report, interruption)
-        return run.to_the_end()
+    with joined() as world, _interruption() as interruption, ProgressReport(quiet or not world.is_main) as report:
+        if config.train.batch % world.size:
+            raise InputError(
+                f"train.batch is {config.train.batch}, which {world.size} processes cannot share alike: "
+                f"--set it to a multiple of {world.size}."
+            )
+        state = _state_to_resume(config, output, resume or (world.restarted and (output / "state.safetensors").exists()))
+        run = _Run.prepared(config, output, state, report, interruption, world)
+        try:
+            return run.to_the_end()
+        except RuntimeError as error:
+            if world.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise DynaMaskError(
+                    f"Step {run.step + 1}: another process of this run has ended, so this one does ({str(error).splitlines()[0]}); "
+                    f"go on from the last checkpoint with: dynamask train --output {output} --resume"
+                ) from error
+            raise
 
 
 class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
@@ -129,19 +147,20 @@ class _Run:
     val_set: ShapesDataset | CocoDataset
     report: ProgressReport
     interruption: _Interruption
+    world: World
     step: int = 0
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def prepared(
-        cls, config: Config, output: Path, state: TrainingState | None, report: ProgressReport, interruption: _Interruption
+        cls, config: Config, output: Path, state: TrainingState | None, report: ProgressReport, interruption: _Interruption, world: World
     ) -> _Run:
         """Data, model and optimiser, at the beginning or where `state` left off."""
         train_set, val_set = _train_set(config), _val_set(config)
         if train_set.classes != val_set.classes:
             raise InputError(f"{config.data.val_annotations} has other classes than {config.data.train_annotations}: use one list in both.")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = world.device
         torch.manual_seed(config.train.seed)
         model = build_model(config, val_set.classes)
         if state is None:
@@ -152,7 +171,17 @@ class _Run:
         optimizer = torch.optim.SGD(_parameter_groups(model, config), lr=0.0, momentum=config.train.momentum)
         scaler = GradScaler(device.type, enabled=device.type == "cuda")
         run = cls(
-            config, output, Schedule(config.train, len(train_set)), model, optimizer, scaler, train_set, val_set, report, interruption
+            config,
+            output,
+            Schedule(config.train, len(train_set)),
+            model,
+            optimizer,
+            scaler,
+            train_set,
+            val_set,
+            report,
+            interruption,
+            world,
         )
         if state is not None:
             restore_momentum(model, optimizer, state.momentum)
@@ -164,18 +193,22 @@ class _Run:
     def to_the_end(self) -> dict[str, Any]:
         """Step until the schedule ends or a signal comes, and write what was found."""
         started = time.monotonic() - self.seconds
-        self._write_config()
-        log = RunLog(self.output, self.step)
+        log = None
+        if self.world.is_main:
+            self._write_config()
+            log = RunLog(self.output, self.step)
         try:
             self.report.start(self.step, self.schedule.total_steps)
+            model = self._parallel()
             for images, targets in self._batches():
                 self._evaluate_if_due(log)
-                if self.interruption():
+                if self.world.any(self.interruption()):
                     break
-                record = self._take_step(images, targets)
+                record = self._take_step(model, images, targets)
                 self.seconds = time.monotonic() - started
-                log.step({**record, "seconds": round(self.seconds, 3)})
-                self.report.step(record, len(images))
+                if log is not None:
+                    log.step({**record, "seconds": round(self.seconds, 3)})
+                self.report.step(record, self.config.train.batch)
                 if self.schedule.saves(self.step):
                     self._save()
             else:
@@ -183,29 +216,32 @@ class _Run:
             self.seconds = time.monotonic() - started
             return self._finish()
         finally:
-            log.close()
+            if log is not None:
+                log.close()
+
+    def _parallel(self) -> nn.Module:
+        """The model, with its gradients averaged over the processes. What takes part differs by phase."""
+        if self.world.size == 1:
+            return self.model
+        return DistributedDataParallel(self.model, broadcast_buffers=False, find_unused_parameters=True)
 
     def _batches(self) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
         workers = self.config.data.workers
         loader = DataLoader(
             self.train_set,
-            batch_sampler=StepSampler(self.schedule, self.step),
+            batch_sampler=StepSampler(self.schedule, self.step, self.world.rank, self.world.size),
             collate_fn=collate,
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             worker_init_fn=_begin_worker,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self.world.device.type == "cuda",
         )
         yield from loader
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _take_step(self, images: Tensor, targets: list[dict[str, Any]]) -> dict[str, Any]:
-        """One step of SGD; returns its record, with `step` counted from 1."""
-        device, rate = self._device, self.schedule.rate(self.step)
-        torch.manual_seed(self.schedule.seed(self.step))
+    def _take_step(self, model: nn.Module, images: Tensor, targets: list[dict[str, Any]]) -> dict[str, Any]:
+        """One step of SGD; returns its record, with `step` counted from 1 and the losses of the whole batch."""
+        device, rate = self.world.device, self.schedule.rate(self.step)
+        torch.manual_seed(self.schedule.seed(self.step, self.world.rank))
         self.model.train()
         self.model.phase = self.schedule.phase(self.step)
         for group in self.optimizer.param_groups:
@@ -213,9 +249,10 @@ class _Run:
         images = images.to(device, non_blocking=True)
         targets = [{name: target[name].to(device, non_blocking=True) for name in ("boxes", "labels", "masks")} for target in targets]
         with torch.autocast(device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
-            losses: dict[str, Tensor] = self.model(images, targets)
+            losses: dict[str, Tensor] = model(images, targets)
             total = torch.stack(list(losses.values())).sum()
-        values = dict(zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist(), strict=True))
+        means = self.world.mean(torch.stack([loss.detach().float() for loss in losses.values()]))
+        values = dict(zip(losses, means.tolist(), strict=True))
         self._check_finite(values)
         self._descend(total)
         record = {
@@ -250,10 +287,17 @@ class _Run:
     def _way_out(self) -> str:
         return f"the last checkpoint in {self.output} is kept: lower train.rate, or raise train.warmup_steps."
 
-    def _evaluate_if_due(self, log: RunLog) -> None:
+    def _evaluate_if_due(self, log: RunLog | None) -> None:
         """Judge the model if its step calls for it and that was not done yet: also true of a run that was stopped just before."""
         if not self.schedule.evaluates(self.step) or any(entry["step"] == self.step for entry in self.evaluations):
             return
+        if log is not None:
+            self._evaluate(log)
+        judged = self.world.any(any(entry["step"] == self.step for entry in self.evaluations))
+        if judged and log is None:
+            self.evaluations.append({"step": self.step})
+
+    def _evaluate(self, log: RunLog) -> None:
         figures = evaluate(self.model, self.val_set, self.config, self.config.train.evaluate_images, stop=self.interruption)
         if figures is None:
             return
@@ -277,6 +321,8 @@ class _Run:
 
     def _save(self) -> None:
         """The state first: were the next write to fail, the run could still go on from here."""
+        if not self.world.is_main:
+            return
         progress = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations}
         fields = {"config": self.config.model_dump(mode="json"), "classes": self.val_set.classes}
         fields |= {"scaler": self.scaler.state_dict(), "progress": progress}
@@ -295,6 +341,8 @@ class _Run:
         if interrupted:
             self._save()
             self.report.message(f"Stopped after step {self.step}; go on with: dynamask train --output {self.output} --resume")
+        if not self.world.is_main:
+            return {}
         best = self.output / "best.safetensors"
         result = {
             "steps": self.step,
@@ -413,7 +461,8 @@ def _interruption() -> Iterator[_Interruption]:
 
 
 def _begin_worker(worker: int) -> None:
-    """Ctrl-C reaches the whole process group, but the parent still wants the batches; and OpenCV's threads do not survive a fork."""
+    """Ctrl-C, and often SIGTERM, reach the whole process group, but the parent still wants the batches; a worker ends when its parent has
+    (the loader sees to that). And OpenCV's threads do not survive a fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(0)

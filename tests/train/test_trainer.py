@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -79,13 +80,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, unjudged: None) -> None:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
-    """Send this process a signal while that step is being logged."""
+    """Send this process and its children, as one group, a signal while that step is being logged."""
     write = RunLog.step
 
     def log_and_signal(self: RunLog, record: dict[str, Any]) -> None:
         write(self, record)
         if record["step"] == step:
-            os.kill(os.getpid(), number)
+            for process in [*(child.pid for child in multiprocessing.active_children()), os.getpid()]:
+                os.kill(process or 0, number)
 
     monkeypatch.setattr(RunLog, "step", log_and_signal)
 
@@ -134,13 +136,15 @@ def test_a_run_that_was_killed_repeats_the_steps_after_its_checkpoint(tmp_path: 
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.usefixtures("stand_in")
 def test_sigterm_ends_a_run_with_everything_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     stop_after(monkeypatch, step=4, number=signal.SIGTERM)
-    result = trainer.train(tiny(), tmp_path)
+    result = trainer.train(tiny(data__workers=workers), tmp_path)
     assert result["interrupted"]
     assert f"dynamask train --output {tmp_path} --resume" in capsys.readouterr().err
     assert load_checkpoint(result["checkpoint"]).extra["step"] == 4

@@ -1,0 +1,109 @@
+"""Training in several processes that `torchrun` has started; alone, everything here does nothing.
+
+PyTorch's DistributedDataParallel averages the processes' gradients. That is the gradient of the whole batch only for losses that are means
+over equally many items each; the mask branch's are means over instances, of which every process has its own number. `instances_per_process`
+and `batch_mean` make them what one process with the whole batch would compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from runtime.errors import InputError
+
+PATIENCE = datetime.timedelta(hours=2)
+"""How long a process waits for the others: the first one evaluates while they wait."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    restarted: bool = False
+    """torchrun has started the run again after a failure."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes, evaluates and reports."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all must ask."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The processes' mean of a tensor without gradient."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values = values / self.size
+        return values
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """Join the processes that `torchrun` has started, for as long as the block lasts; a world of one without torchrun.
+
+    Raises:
+        InputError: there are more processes on this machine than GPUs.
+    """
+    gpu = torch.cuda.is_available()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield World(device=torch.device("cuda" if gpu else "cpu"))
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if gpu:
+        if local >= torch.cuda.device_count():
+            raise InputError(
+                f"torchrun has started {os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                "give --nproc-per-node as many as there are GPUs."
+            )
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
+    try:
+        device = torch.device("cuda", local) if gpu else torch.device("cpu")
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        yield World(dist.get_rank(), dist.get_world_size(), device, restarts > 0)
+    finally:
+        dist.destroy_process_group()
+
+
+def instances_per_process(count: int, device: torch.device) -> float:
+    """The mean over the processes of how many instances each has; `count` alone."""
+    if _size() == 1:
+        return float(count)
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)
+    return float(total) / _size()
+
+
+def batch_mean(rows: Tensor) -> Tensor:
+    """The mean of rows `[N, K]` over the N of all processes -> `[K]`; 0 where there is none.
+
+    Its gradient reaches this process's rows, scaled so that after DistributedDataParallel's averaging it is that of the whole batch.
+    """
+    count = max(instances_per_process(len(rows), rows.device) * _size(), 1.0)
+    own = rows.sum(dim=0) / count
+    if _size() == 1:
+        return own
+    whole = own.detach().clone()
+    dist.all_reduce(whole)
+    return whole + _size() * (own - own.detach())
+
+
+def _size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
