@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from runtime.budget import BudgetKeeper
+
 if TYPE_CHECKING:
     from runtime.instances import Instances
     from runtime.predictor import Predictor
@@ -74,7 +76,8 @@ def run_stream(
 
     One thread decodes, this one runs the engine and pastes the masks, one more writes. The queues between them are short and make
     the faster part wait, so no frame of a file is dropped and the memory does not grow with the stream. Ctrl-C ends the stream as the
-    end of the source would: what the engine finished is written, and the sinks are finished.
+    end of the source would: what the engine finished is written, and the sinks are finished. The predictor's budget, if it has one, is
+    kept over the stream, not by every frame for itself.
 
     Args:
         score: instances that score this or less are left out, and cost no mask.
@@ -86,13 +89,14 @@ def run_stream(
         DynaMaskError: a sink or the predictor failed; the sinks keep what was written under its provisional name.
     """
     measured = _Measured()
+    keeper = BudgetKeeper(predictor.budget, predictor.bundle.manifest.grid_gmacs) if predictor.budget else None
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(source)
         for sink in sinks:
             stack.enter_context(sink)
         interrupted = _overlap(
-            lambda frame: _segment(predictor, frame, score, grid_override, measured),
+            lambda frame: _segment(predictor, frame, score, grid_override, keeper, measured),
             lambda done: _decode(source, limit, done),
             lambda done: _write(sinks, done, measured, progress),
         )
@@ -128,9 +132,13 @@ def _overlap(
     return interrupted
 
 
-def _segment(predictor: Predictor, frame: Frame, score: float, grid_override: int | None, measured: _Measured) -> _Pasted:
+def _segment(
+    predictor: Predictor, frame: Frame, score: float, grid_override: int | None, keeper: BudgetKeeper | None, measured: _Measured
+) -> _Pasted:
     start = time.perf_counter()
-    instances = predictor(frame.image, grid_override=grid_override, min_score=score)
+    instances = predictor(frame.image, keeper.budget() if keeper else None, grid_override, score)
+    if keeper:
+        keeper.spend(instances.grids)
     before_paste = time.perf_counter()
     # The instances keep their crops: the sinks do not paste again.
     deque(instances.crops(), maxlen=0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from runtime.bench import machine
+from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco, to_rle
 from runtime.errors import InputError
 from runtime.images import read_image
@@ -35,7 +36,7 @@ class Policy(NamedTuple):
 
     name: str
     budget: float
-    """Mean GMAC per instance to keep to; 0 for none."""
+    """Mean GMAC per instance to keep to over all images (`BudgetKeeper`); 0 for none."""
     grid_override: int
     """-1 the MSM decides, 0..3 that grid, 4 the size-based rule (Eq. 8)."""
 
@@ -168,7 +169,7 @@ def validate(
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} images leaves nothing to validate on; give 1 or more.")
     check_classes([(c.id, c.name) for c in manifest.classes], dataset)
-    runs = {policy.name: _Run(policy) for policy in chosen}
+    runs = {policy.name: _Run(policy, BudgetKeeper(policy.budget, grid_gmacs) if policy.budget else None) for policy in chosen}
     judged, skipped = _run_all(predictor, dataset, runs, dataset.truth["images"][:limit], progress)
     if not judged:
         raise InputError(f"none of the {len(skipped)} images in {dataset.images} can be used; the first: {skipped[0]['reason']}")
@@ -210,6 +211,7 @@ class _Run:
     """What one policy gave, over all images."""
 
     policy: Policy
+    keeper: BudgetKeeper | None
     detections: list[dict[str, Any]] = field(default_factory=list)
     grids: list[int] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)
@@ -234,7 +236,7 @@ def _run_all(
         else:
             if not judged:  # The first run of an engine allocates; it is not what is measured.
                 for run in order:
-                    timed_prediction(predictor, image, run.policy)
+                    timed_prediction(predictor, image, run.policy.budget, run.policy.grid_override)
             for run in order:
                 _record(run, predictor, image, int(record["id"]))
             judged.add(int(record["id"]))
@@ -254,10 +256,10 @@ def _read(dataset: CocoFiles, record: Mapping[str, Any]) -> Any:
     return image
 
 
-def timed_prediction(predictor: Predictor, image: Any, policy: Policy) -> tuple[Instances, dict[str, float]]:
+def timed_prediction(predictor: Predictor, image: Any, budget: float, grid_override: int) -> tuple[Instances, dict[str, float]]:
     """One image through the predictor up to pasted masks, and the milliseconds of each part and of the whole."""
     start = time.perf_counter()
-    instances = predictor(image, budget=policy.budget, grid_override=policy.grid_override)
+    instances = predictor(image, budget=budget, grid_override=grid_override)
     before_paste = time.perf_counter()
     for _ in instances.crops():
         pass
@@ -266,7 +268,10 @@ def timed_prediction(predictor: Predictor, image: Any, policy: Policy) -> tuple[
 
 
 def _record(run: _Run, predictor: Predictor, image: Any, image_id: int) -> None:
-    instances, times = timed_prediction(predictor, image, run.policy)
+    budget = run.keeper.budget() if run.keeper else 0.0
+    instances, times = timed_prediction(predictor, image, budget, run.policy.grid_override)
+    if run.keeper:
+        run.keeper.spend(instances.grids)
     run.times.append(times)
     run.detections += instances.to_coco(image_id)
     run.grids += [int(grid) for grid in instances.grids]

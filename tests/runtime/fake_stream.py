@@ -40,19 +40,31 @@ def _disc(grid: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 class FakePredictor:
-    """Finds `count` discs in every image; may fail, or be interrupted, at the given call."""
+    """Finds `count` discs in every image, whatever the budget; may fail, or be interrupted, at the given call."""
 
-    def __init__(self, count: int = 3, error: BaseException | None = None, at: int = 5) -> None:
+    def __init__(self, count: int = 3, error: BaseException | None = None, at: int = 5, budget: float | None = None) -> None:
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(grid_gmacs=GRID_GMACS))
+        self.budget = budget
         self.calls = 0
+        self.budgets: list[float | None] = []
+        self.costs: list[float] = []
         self._count, self._error, self._at = count, error, at
 
-    def __call__(self, image: np.ndarray[Any, np.dtype[np.uint8]], grid_override: int | None = None, min_score: float = 0.0) -> Instances:
+    def __call__(
+        self,
+        image: np.ndarray[Any, np.dtype[np.uint8]],
+        budget: float | None = None,
+        grid_override: int | None = None,
+        min_score: float = 0.0,
+    ) -> Instances:
         self.calls += 1
+        self.budgets.append(budget)
         if self._error is not None and self.calls == self._at:
             raise self._error
         found = make_instances(self._count, image.shape[:2], seed=self.calls)
-        return found[found.scores > min_score]
+        found = found[found.scores > min_score]
+        self.costs.append(sum(GRID_GMACS[int(grid)] for grid in found.grids))
+        return found
 
 
 def write_video(path: Path, frames: int = 30, height: int = 64, width: int = 96, rate: int = 10) -> Path:

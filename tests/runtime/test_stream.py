@@ -46,6 +46,15 @@ class RecordingSink(Sink):
         self.ended = "abandoned"
 
 
+def test_a_budget_is_kept_over_the_stream(tmp_path: Path) -> None:
+    free, kept = FakePredictor(4), FakePredictor(4, budget=0.8)
+    for predictor in (free, kept):
+        run_stream(predictor, open_source(write_video(tmp_path / "in.mp4", frames=4)), [])
+    assert free.budgets == [None] * 4
+    saved = 4 * 0.8 - kept.costs[0]
+    assert kept.budgets[:2] == pytest.approx([0.8, min(max(0.8 + saved / 4, 0.2), 1.4)])
+
+
 def test_every_frame_of_a_video_arrives_in_order_and_is_reported(tmp_path: Path) -> None:
     source = write_video(tmp_path / "in.mp4", frames=30)
     done: list[int] = []
@@ -94,13 +103,23 @@ def test_a_truncated_video_is_finished_with_what_it_holds(tmp_path: Path) -> Non
 
 
 def test_decoding_inference_and_writing_overlap(tmp_path: Path) -> None:
-    class SlowPredictor(FakePredictor):
-        def __call__(self, image, grid_override=None, min_score=0.0):  # type: ignore[no-untyped-def]
-            time.sleep(0.02)
-            return super().__call__(image)
+    """Each frame is written only once the next one is in the predictor: one after the other, that would never come."""
+    entered = [threading.Event() for _ in range(31)]
+    entered[30].set()
 
-    report = run_stream(SlowPredictor(0), open_source(write_video(tmp_path / "in.mp4")), [RecordingSink(seconds=0.02)])
-    assert report.seconds < 30 * 0.04 * 0.85
+    class Announcing(FakePredictor):
+        def __call__(self, *arguments, **options):  # type: ignore[no-untyped-def]
+            entered[self.calls].set()
+            return super().__call__(*arguments, **options)
+
+    class Waiting(RecordingSink):
+        def write(self, frame: Frame, *_: object) -> None:
+            assert entered[frame.index + 1].wait(timeout=60)
+            super().write(frame)
+
+    sink = Waiting()
+    run_stream(Announcing(0), open_source(write_video(tmp_path / "in.mp4")), [sink])
+    assert len(sink.indices) == 30
 
 
 def test_a_slow_sink_makes_the_source_wait(tmp_path: Path) -> None:
@@ -108,9 +127,9 @@ def test_a_slow_sink_makes_the_source_wait(tmp_path: Path) -> None:
     ahead = []
 
     class Watching(FakePredictor):
-        def __call__(self, image, grid_override=None, min_score=0.0):  # type: ignore[no-untyped-def]
+        def __call__(self, *arguments, **options):  # type: ignore[no-untyped-def]
             ahead.append(self.calls - len(sink.indices))
-            return super().__call__(image)
+            return super().__call__(*arguments, **options)
 
     run_stream(Watching(0), open_source(write_video(tmp_path / "in.mp4")), [sink])
     assert len(sink.indices) == 30

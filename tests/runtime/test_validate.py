@@ -126,7 +126,18 @@ def test_policies_are_judged_side_by_side(data, boxes):
     inputs = [(0.0, -1), (0.5, -1), (0.0, 0), (0.0, 3), (0.0, 4)]
     assert [call[1:] for call in predictor.calls[:5]] == inputs
     for image in range(4):
-        assert predictor.calls[5 + 5 * image : 10 + 5 * image] == [(image, *given) for given in inputs[image:] + inputs[:image]]
+        calls = predictor.calls[5 + 5 * image : 10 + 5 * image]
+        assert [(at, override) for at, _, override in calls] == [(image, override) for _, override in inputs[image:] + inputs[:image]]
+
+
+def test_a_budget_is_kept_over_all_images(data, boxes):
+    predictor = _Predictor(boxes)
+    validate(predictor, read_coco(data), ["routed@50%", "uniform-112"])
+    budgets = [budget for _, budget, override in predictor.calls[2:] if override == -1]
+    # What the first image's grids left of the mean, or took beyond it, is the second's.
+    first = np.where(boxes[0][1] == 1, 1.0, 0.25)
+    assert budgets[0] == 0.5
+    assert budgets[1] == pytest.approx(np.clip(0.5 + (0.5 - first).sum() / len(first), 0.25, 1.0))
 
 
 def test_who_gets_which_grid(data, boxes):
