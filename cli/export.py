@@ -13,7 +13,7 @@ PARITY_IMAGES = 20
 
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint of dynamask train (.safetensors), or r50, lite0: random weights, to measure speed with.")
+        str, typer.Argument(help="A checkpoint of dynamask train (.safetensors), or a preset (r50, lite0, …): random weights, for speed.")
     ],
     bundle: Annotated[Path, typer.Argument(help="The folder to write: manifest.json and model.onnx.")],
     size: Annotated[

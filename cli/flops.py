@@ -9,7 +9,7 @@ import typer
 
 
 def flops(
-    model: Annotated[str, typer.Option(help="The preset: r50 (the paper's) or lite0 (for the edge).")] = "r50",
+    model: Annotated[str, typer.Option(help="The preset: r50 (the paper's), r101, x101, r18; lite0, lite1, lite2 (for the edge).")] = "r50",
     classes: Annotated[int, typer.Option(min=1, help="Number of object classes; COCO has 80.")] = 80,
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
 ) -> None:

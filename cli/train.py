@@ -12,12 +12,15 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and metrics.")],
     config: Annotated[
         str | None,
-        typer.Option(help="lite0-shapes, lite0-coco, r50-coco, or a YAML file; with --resume, the run's own by default."),
+        typer.Option(help="lite0-shapes; r50-, r101-, x101-, r18-, lite0-, lite1-, lite2-coco; or a YAML file. Default with --resume: the run's own."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     weights: Annotated[
         str | None,
-        typer.Option(help="Weights to begin with: imagenet, none, a backbone's file or a DynaMask checkpoint."),
+        typer.Option(
+            help="Weights to begin with: imagenet, none, or a file: a backbone's, a DynaMask checkpoint, or a Mask R-CNN of torchvision,"
+            " mmdetection or Detectron2."
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None,
@@ -26,7 +29,7 @@ def train(
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
 ) -> None:
     """Train a model; Ctrl-C keeps the last step, --resume goes on from it."""
-    from dynamask.config import load_config
+    from dynamask.config import CONFIGS, load_config
     from dynamask.train.trainer import train as run_training
     from runtime.errors import InputError
     from runtime.files import write_json
@@ -34,7 +37,7 @@ def train(
     if config is None:
         config = str(output / "config.yaml")
         if not resume:
-            raise InputError("--config is missing: give lite0-shapes, lite0-coco, r50-coco or a YAML file.")
+            raise InputError(f"--config is missing: give one of {', '.join(CONFIGS)}, or a YAML file.")
     overrides = parse_assignments(assignments or [])
     if weights is not None:
         overrides["weights"] = weights

@@ -22,7 +22,18 @@ class ModelConfig(_Strict):
     """The model's sizes. The defaults are `r50`, the paper's."""
 
     preset: str = "r50"
-    backbone: Literal["resnet50", "efficientnet_lite0"] = "resnet50"
+    backbone: Literal[
+        "resnet18",
+        "resnet50",
+        "resnet50_caffe",
+        "resnet101",
+        "resnet101_caffe",
+        "resnext101_32x8d",
+        "efficientnet_lite0",
+        "efficientnet_lite1",
+        "efficientnet_lite2",
+    ] = "resnet50"
+    """`_caffe` has a stage's stride in its first 1 x 1 convolution, for weights that descend from MSRA's (docs/training.md)."""
     canvas: tuple[int, int] = (800, 1344)
     """Height and width of the letterboxed input, pixels, divisible by 32."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -125,6 +136,22 @@ class Config(_Strict):
 
 
 R50 = ModelConfig()
+R101 = ModelConfig(preset="r101", backbone="resnet101")
+X101 = ModelConfig(preset="x101", backbone="resnext101_32x8d")
+R18 = ModelConfig(
+    preset="r18",
+    backbone="resnet18",
+    canvas=(512, 512),
+    fpn_channels=128,
+    stage_channels=(128, 64, 32, 16),
+    box_features=512,
+    anchor_sizes=(16, 32, 64, 128, 256),
+    proposals_per_level=500,
+    proposals=300,
+    proposals_training=1000,
+    rois_per_image=256,
+    mask_rois_per_image=32,
+)
 LITE0 = ModelConfig(
     preset="lite0",
     backbone="efficientnet_lite0",
@@ -142,10 +169,16 @@ LITE0 = ModelConfig(
     mask_rois_per_image=8,
 )
 
-PRESETS: dict[str, ModelConfig] = {"r50": R50, "lite0": LITE0}
+LITE1 = LITE0.model_copy(update={"preset": "lite1", "backbone": "efficientnet_lite1", "canvas": (384, 384)})
+LITE2 = LITE0.model_copy(update={"preset": "lite2", "backbone": "efficientnet_lite2", "canvas": (448, 448)})
+
+PRESETS: dict[str, ModelConfig] = {preset.preset: preset for preset in (R50, R101, X101, R18, LITE0, LITE1, LITE2)}
+
+LITE_COCO = TrainConfig(batch=4, rate=0.02, warmup_steps=100, msm_rate_factor=4.0)
+"""For EfficientNet-Lite on one small GPU or a CPU; at 2.5 times the rate the classes are not learnt (docs/results/coco-mini.md)."""
 
 CONFIGS: dict[str, Config] = {
-    "r50-coco": Config(data=DataConfig(kind="coco")),
+    **{f"{model.preset}-coco": Config(model=model, data=DataConfig(kind="coco")) for model in (R50, R101, X101, R18)},
     "lite0-shapes": Config(
         model=LITE0.model_copy(update={"frozen_stages": 4, "mask_rois_per_image": 5}),
         data=DataConfig(kind="shapes", shapes_train=8000, workers=1),
@@ -161,11 +194,9 @@ CONFIGS: dict[str, Config] = {
             msm_rate_factor=4.0,
         ),
     ),
-    "lite0-coco": Config(
-        model=LITE0.model_copy(update={"canvas": (384, 384)}),
-        data=DataConfig(kind="coco"),
-        train=TrainConfig(batch=4, rate=0.05, warmup_steps=100, msm_rate_factor=4.0),
-    ),
+    "lite0-coco": Config(model=LITE0.model_copy(update={"canvas": (384, 384)}), data=DataConfig(kind="coco"), train=LITE_COCO),
+    "lite1-coco": Config(model=LITE1, data=DataConfig(kind="coco"), train=LITE_COCO),
+    "lite2-coco": Config(model=LITE2, data=DataConfig(kind="coco"), train=LITE_COCO),
 }
 """Named configurations, for `dynamask train --config NAME`."""
 

@@ -43,7 +43,7 @@ from dynamask.train.checkpoint import (
 from dynamask.train.evaluate import evaluate
 from dynamask.train.log import ProgressReport, RunLog, losses_by_epoch
 from dynamask.train.schedule import Schedule, StepSampler
-from dynamask.weights import load_backbone
+from dynamask.weights import load_weights
 from runtime.errors import DynaMaskError, InputError
 from runtime.files import atomic_path, write_json
 
@@ -415,7 +415,7 @@ def _initialise(model: DynaMask, source: str, report: ProgressReport) -> None:
         left = start_from(model, load_checkpoint(source), source)
         report.message(f"Started from {source}; {left} tensors that did not fit begin afresh.")
     else:
-        report.message(f"Started from {load_backbone(model, source)}.")
+        report.message(f"Started from {load_weights(model, source)}.")
 
 
 def _parameter_groups(model: DynaMask, config: Config) -> list[dict[str, Any]]:
