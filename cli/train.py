@@ -12,7 +12,10 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and metrics.")],
     config: Annotated[
         str | None,
-        typer.Option(help="lite0-shapes; r50-, r101-, x101-, r18-, lite0-, lite1-, lite2-coco; or a YAML file. Default with --resume: the run's own."),
+        typer.Option(
+            help="lite0-shapes; r50-coco, r101-coco, x101-coco, r18-coco, lite0-coco, lite1-coco, lite2-coco; or a YAML file."
+            " With --resume, the run's own by default."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     weights: Annotated[
