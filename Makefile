@@ -34,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "Setting up $(VENV) with $$($$python --version): some minutes and a few GB, once." >&2; \
 	rm -f $(READY); \
 	"$$python" -m venv --clear $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,dev]' || { \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,tensorrt-rtx,dev]' || { \
 	    echo "The packages could not be installed: the lines above say which; check the network and the free disk space, then run make again." >&2; \
 	    exit 1; \
 	}; \
@@ -52,7 +52,7 @@ test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
 
 test-gpu: $(READY)
-	$(BIN)/pytest --durations 15 -m gpu
+	TRITON_INTERPRET=0 $(BIN)/pytest --durations 15 -m gpu
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -52,29 +52,174 @@ class GraphOutput(NamedTuple):
     logits: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def propose(model: DynaMask, image: Tensor, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """RPN proposals of one image: boxes `[P, 4]` in a fixed number of rows and which of them count, `[P] bool`."""
+class DetectorPass(NamedTuple):
+    """The detector's tensors at the seams of the exported graph: a target may compute what lies between them in its own way."""
+
+    pyramid: list[Tensor]
+    """P2..P6, `[1, C, H_l, W_l]`."""
+    rpn_logits: list[Tensor]
+    """Per level, `[1, A, H_l, W_l]` for A anchors a cell."""
+    rpn_deltas: list[Tensor]
+    """Per level, `[1, 4 A, H_l, W_l]`."""
+    proposals: Tensor
+    """`[P, 4] float32`, xyxy in canvas pixels, by falling score."""
+    proposal_count: Tensor
+    """`[1] int32`: so many rows of `proposals` count."""
+    box_region: Tensor
+    """`[P, C, 7, 7]`, the box head's RoI feature."""
+    class_logits: Tensor
+    """`[P, classes + 1]`, background first."""
+    box_deltas: Tensor
+    """`[P, 4 (classes + 1)]`."""
+    detections: Detections
+
+
+class Routing(NamedTuple):
+    """Which instance goes through which stage of the r-FPN. Positions are within the set of instances that the stage before had."""
+
+    grids: Tensor
+    """`[K] int64`, as in `RoutedMasks`."""
+    onward: tuple[Tensor, Tensor, Tensor]
+    """For the stages 28, 56 and 112: positions, in the stage before, of the instances that go on, `int64`."""
+    here: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Per stage: positions, in the stage itself, of the instances that end there, `[n_g] int64`."""
+    slots: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Per stage: the slots of those, `[n_g] int64`."""
+
+
+class MaskPass(NamedTuple):
+    """The mask branch's tensors at the seams of the exported graph, for n filled slots."""
+
+    slots: Tensor
+    """`[n] int64`, rising: the filled slots."""
+    mask_boxes: Tensor
+    """`[n, 4] float32`, their boxes, xyxy in canvas pixels."""
+    mask_overrides: Tensor
+    """`[n] int64`, their `grid_override`."""
+    region: Tensor
+    """`[n, C, 14, 14]`, the mask branch's RoI feature."""
+    msm_logits: Tensor
+    """`[n, 4]`."""
+    routing: Routing
+    logits: tuple[Tensor, Tensor, Tensor, Tensor]
+    """As in `RoutedMasks`."""
+
+
+def detector_pass(model: DynaMask, image: Tensor, min_score: Tensor | float = 0.0) -> DetectorPass:
+    """Backbone, i-FPN, RPN and box head on one normalised canvas `[1, 3, H, W]`; `min_score` as in `detect`."""
+    canvas = _size(image)
+    pyramid = model.backbone(image)
+    rpn_logits, rpn_deltas = model.rpn.head(pyramid)
+    proposals, count = select_proposals(model, rpn_logits, rpn_deltas, canvas)
+    region = model.box_region(pyramid, _rois(proposals))
+    logits, deltas = model.box_outputs(region)
+    detections = select_detections(model, logits, deltas, proposals, count, canvas, min_score)
+    return DetectorPass(pyramid, rpn_logits, rpn_deltas, proposals, count, region, logits, deltas, detections)
+
+
+def select_proposals(model: DynaMask, logits: Sequence[Tensor], deltas: Sequence[Tensor], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The RPN's outputs -> `proposals` and `proposal_count` of `DetectorPass`: best anchors of each level, decoded, NMS per level."""
     config = model.config.model
     anchors = model.rpn.anchor_generator.grid_anchors(
-        [tuple(x.shape[-2:]) for x in pyramid],
-        [[torch.tensor(image.shape[i] // x.shape[i], device=image.device) for i in (-2, -1)] for x in pyramid],
+        [tuple(x.shape[-2:]) for x in logits],
+        [[torch.tensor(canvas[i] // x.shape[i - 2], device=x.device) for i in (0, 1)] for x in logits],
     )
-    objectness, deltas = model.rpn.head(pyramid)
     boxes, scores, levels = [], [], []
-    for level, (anchor, logit, delta) in enumerate(zip(anchors, objectness, deltas, strict=True)):
+    for level, (anchor, logit, delta) in enumerate(zip(anchors, logits, deltas, strict=True)):
         logit = logit[0].permute(1, 2, 0).reshape(-1)
         per_cell = delta.shape[1] // 4
         delta = delta[0].view(per_cell, 4, *delta.shape[-2:]).permute(2, 3, 0, 1).reshape(-1, 4)
         top, index = logit.topk(min(config.proposals_per_level, logit.shape[0]))
         decoded = model.rpn.box_coder.decode_single(delta.index_select(0, index), anchor.to(delta.dtype).index_select(0, index))
-        boxes.append(clip_boxes_to_image(decoded.reshape(-1, 4), _size(image)))
+        boxes.append(clip_boxes_to_image(decoded.reshape(-1, 4), canvas))
         scores.append(torch.sigmoid(top))
         levels.append(torch.full_like(top, level))
     box, score = torch.cat(boxes), torch.cat(scores)
     # NMS keeps to each level: boxes of different levels are moved apart, as torchvision's batched NMS does.
-    apart = torch.cat(levels)[:, None] * float(2 * max(_size(image)))
+    apart = torch.cat(levels)[:, None] * float(2 * max(canvas))
     keep, valid = _nms_slots(box + apart, score, RPN_NMS_THRESHOLD, config.proposals)
-    return box.index_select(0, keep), valid
+    return box.index_select(0, keep), valid.sum(dtype=torch.int32)[None]
+
+
+def select_detections(
+    model: DynaMask,
+    logits: Tensor,
+    deltas: Tensor,
+    proposals: Tensor,
+    proposal_count: Tensor,
+    canvas: tuple[int, int],
+    min_score: Tensor | float,
+) -> Detections:
+    """The box head's outputs -> K slots: best scores above `min_score`, decoded, NMS per class."""
+    config = model.config.model
+    valid = torch.arange(len(proposals), device=proposals.device) < proposal_count
+    scores = (torch.softmax(logits, dim=-1) * valid[:, None])[:, 1:]
+    boxes = model.roi_heads.box_coder.decode_single(deltas, proposals).view(len(proposals), -1, 4)[:, 1:]
+    boxes = clip_boxes_to_image(boxes.reshape(-1, 4), canvas)
+    classes = scores.shape[1]
+    score, index = scores.reshape(-1).topk(min(10 * config.detections, scores.numel()))
+    least = torch.as_tensor(min_score, dtype=score.dtype, device=score.device).clamp(min=config.score_threshold)
+    score = torch.where(score > least, score, torch.zeros_like(score))
+    box, label = boxes.index_select(0, index), index % classes
+    apart = label[:, None].to(box.dtype) * float(2 * max(canvas))
+    keep, valid = _nms_slots(box + apart, score, config.nms_threshold, config.detections)
+    score = score.index_select(0, keep) * valid
+    filled = score > 0
+    label = torch.where(filled, label.index_select(0, keep), torch.full_like(keep, -1))
+    return Detections(box.index_select(0, keep) * filled[:, None], score, label)
+
+
+def mask_pass(
+    branch: MaskBranch, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Tensor, override: Tensor
+) -> MaskPass:
+    """The routed mask branch; arguments as in `segment`."""
+    slots = torch.nonzero(detections.scores > 0)[:, 0]
+    mask_boxes, overrides = detections.boxes.index_select(0, slots), override.index_select(0, slots)
+    region = branch.region(pyramid, _rois(mask_boxes))
+    msm_logits = branch.msm(region)
+    routing = plan_routing(msm_logits, mask_boxes, overrides, slots, budget, branch.costs, canvas, len(override))
+
+    laterals = branch.rfpn.lateral(pyramid)
+    feature, boxes, logits = branch.rfpn.tiny(region), mask_boxes, []
+    for k in range(len(GRIDS)):
+        if k > 0:
+            feature, boxes = feature.index_select(0, routing.onward[k - 1]), boxes.index_select(0, routing.onward[k - 1])
+            feature = branch.rfpn.stage(k, feature, laterals[k - 1], _rois(boxes))
+        labels = detections.labels.index_select(0, routing.slots[k])
+        logits.append(branch.heads.mask_logits(k, feature.index_select(0, routing.here[k]), labels))
+    return MaskPass(slots, mask_boxes, overrides, region, msm_logits, routing, tuple(logits))  # type: ignore[arg-type]
+
+
+def plan_routing(
+    msm_logits: Tensor,
+    boxes: Tensor,
+    override: Tensor,
+    slots: Tensor,
+    budget: Tensor,
+    costs: Tensor,
+    canvas: tuple[int, int],
+    detections: int,
+) -> Routing:
+    """The MSM's logits `[n, 4]` -> the grid of each instance, and who goes through which stage; K is `detections`."""
+    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
+    sides = torch.sqrt(areas / float(canvas[0] * canvas[1]))
+    grids = route(torch.log_softmax(msm_logits, dim=-1), costs, budget, sides, override)
+    all_grids = torch.full((detections,), -1, dtype=torch.int64, device=grids.device).scatter(0, slots, grids)
+    onward, here, ending = [], [], []
+    for k in range(len(GRIDS)):
+        if k > 0:
+            onward.append(torch.nonzero(grids >= k)[:, 0])
+            grids, slots = grids.index_select(0, onward[-1]), slots.index_select(0, onward[-1])
+        here.append(torch.nonzero(grids == k)[:, 0])
+        ending.append(slots.index_select(0, here[-1]))
+    return Routing(all_grids, tuple(onward), tuple(here), tuple(ending))  # type: ignore[arg-type]
+
+
+def propose(model: DynaMask, image: Tensor, pyramid: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """RPN proposals of one image: boxes `[P, 4]` in a fixed number of rows and which of them count, `[P] bool`."""
+    logits, deltas = model.rpn.head(pyramid)
+    proposals, count = select_proposals(model, logits, deltas, _size(image))
+    return proposals, torch.arange(len(proposals), device=proposals.device) < count
 
 
 def detect(model: DynaMask, image: Tensor, min_score: Tensor | float = 0.0) -> tuple[list[Tensor], Detections]:
@@ -83,24 +228,8 @@ def detect(model: DynaMask, image: Tensor, min_score: Tensor | float = 0.0) -> t
     Detections at or below `min_score` (`[]`, or the model's own threshold where that is higher) leave their slots empty, so that the mask
     branch does no work for them.
     """
-    config = model.config.model
-    pyramid = model.backbone(image)
-    proposals, valid = propose(model, image, pyramid)
-    logits, deltas = model.box_outputs(pyramid, _rois(proposals))
-    scores = (torch.softmax(logits, dim=-1) * valid[:, None])[:, 1:]
-    boxes = model.roi_heads.box_coder.decode_single(deltas, proposals).view(len(proposals), -1, 4)[:, 1:]
-    boxes = clip_boxes_to_image(boxes.reshape(-1, 4), _size(image))
-    classes = scores.shape[1]
-    score, index = scores.reshape(-1).topk(min(10 * config.detections, scores.numel()))
-    least = torch.as_tensor(min_score, dtype=score.dtype, device=score.device).clamp(min=config.score_threshold)
-    score = torch.where(score > least, score, torch.zeros_like(score))
-    box, label = boxes.index_select(0, index), index % classes
-    apart = label[:, None].to(box.dtype) * float(2 * max(_size(image)))
-    keep, valid = _nms_slots(box + apart, score, config.nms_threshold, config.detections)
-    score = score.index_select(0, keep) * valid
-    filled = score > 0
-    label = torch.where(filled, label.index_select(0, keep), torch.full_like(keep, -1))
-    return pyramid[:4], Detections(box.index_select(0, keep) * filled[:, None], score, label)
+    found = detector_pass(model, image, min_score)
+    return found.pyramid[:4], found.detections
 
 
 def segment(
@@ -116,30 +245,8 @@ def segment(
         budget: `[]`, mean GMAC an instance; none where 0 or less.
         override: `[K] int64`, see `dynamask.msm.route`.
     """
-    slots = torch.nonzero(detections.scores > 0)[:, 0]
-    boxes = detections.boxes.index_select(0, slots)
-    labels = detections.labels.index_select(0, slots)
-    rois = _rois(boxes)
-    region = branch.region(pyramid, rois)
-    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
-    sides = torch.sqrt(areas / float(canvas[0] * canvas[1]))
-    log_probabilities = torch.log_softmax(branch.msm(region), dim=-1)
-    grids = route(log_probabilities, branch.costs, budget, sides, override.index_select(0, slots))
-    all_grids = torch.full_like(detections.labels, -1).scatter(0, slots, grids)
-
-    laterals = branch.rfpn.lateral(pyramid)
-    feature = branch.rfpn.tiny(region)
-    grid_slots, logits = [], []
-    for k in range(len(GRIDS)):
-        if k > 0:
-            onward = torch.nonzero(grids >= k)[:, 0]
-            feature, rois, grids = feature.index_select(0, onward), rois.index_select(0, onward), grids.index_select(0, onward)
-            slots, labels = slots.index_select(0, onward), labels.index_select(0, onward)
-            feature = branch.rfpn.stage(k, feature, laterals[k - 1], rois)
-        here = torch.nonzero(grids == k)[:, 0]
-        grid_slots.append(slots.index_select(0, here))
-        logits.append(branch.heads.mask_logits(k, feature.index_select(0, here), labels.index_select(0, here)))
-    return RoutedMasks(all_grids, tuple(grid_slots), tuple(logits))  # type: ignore[arg-type]
+    masks = mask_pass(branch, pyramid, detections, canvas, budget, override)
+    return RoutedMasks(masks.routing.grids, masks.routing.slots, masks.logits)
 
 
 @torch.inference_mode()

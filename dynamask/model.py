@@ -124,16 +124,19 @@ class DynaMask(nn.Module):
         switched = self._switched_losses(self.mask_branch.msm(region), mask, edge)
         return switched if switch_alone else losses | switched
 
-    def box_outputs(self, pyramid: Sequence[Tensor], rois: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits `[N, C + 1]` and box deltas `[N, 4 (C + 1)]` of RoIs `[N, 5]`; the sampling is torchvision's."""
-        region = pyramid_roi_align(pyramid[:4], rois, BOX_REGION, self.mask_branch.canonical_size, aligned=False)
+    def box_region(self, pyramid: Sequence[Tensor], rois: Tensor) -> Tensor:
+        """The box head's feature `[N, C, 7, 7]` of RoIs `[N, 5]`, each on its own level; the sampling is torchvision's."""
+        return pyramid_roi_align(pyramid[:4], rois, BOX_REGION, self.mask_branch.canonical_size, aligned=False)
+
+    def box_outputs(self, region: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits `[N, C + 1]` and box deltas `[N, 4 (C + 1)]` from the feature that `box_region` gives."""
         logits, deltas = self.roi_heads.box_predictor(self.roi_heads.box_head(region))
         return logits, deltas
 
     def _box_losses(
         self, pyramid: Sequence[Tensor], proposals: list[Tensor], labels: list[Tensor], regression: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        logits, deltas = self.box_outputs(pyramid, batch_rois(proposals))
+        logits, deltas = self.box_outputs(self.box_region(pyramid, batch_rois(proposals)))
         classifier, box = fastrcnn_loss(logits, deltas, labels, regression)
         return classifier, box
 

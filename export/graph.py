@@ -12,21 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from dynamask.config import GRIDS
-from dynamask.inference import detect, segment
+from dynamask.inference import RPN_NMS_THRESHOLD, detector_pass, mask_pass
 from dynamask.model import DynaMask
+from export.seams import DETECTIONS, DETECTOR_SEAMS, MASK_SEAMS, SLOTS, GraphFacts, write_facts
 from runtime.files import atomic_path
 
 OPSET = 20
 INPUTS = ("image", "min_score", "budget", "grid_override")
-DETECTIONS = ("boxes", "scores", "labels")
-PYRAMID = ("p2", "p3", "p4", "p5")
-MASKS = ("grids", *(f"slots_{g}" for g in GRIDS), *(f"masks_{g}" for g in GRIDS))
+OUTPUTS = (*DETECTIONS, "grids", *SLOTS, *(f"masks_{g}" for g in GRIDS))
 
 
 class InferenceGraph(nn.Module):
-    """The inference pass as one module: `INPUTS` -> `DETECTIONS`, `MASKS` and `PYRAMID`, flat.
+    """The inference pass as one module: `INPUTS` -> `OUTPUTS`, `DETECTOR_SEAMS` and `MASK_SEAMS`, flat.
 
-    The pyramid is among the outputs only so that its tensors get their names; `export_graph` takes it out again.
+    The seams are among the outputs only so that their tensors get names; `export_graph` takes them out again.
     """
 
     def __init__(self, model: DynaMask) -> None:
@@ -34,10 +33,23 @@ class InferenceGraph(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor, min_score: Tensor, budget: Tensor, grid_override: Tensor) -> tuple[Tensor, ...]:
-        pyramid, detections = detect(self.model, image, min_score)
+        found = detector_pass(self.model, image, min_score)
         canvas = (image.shape[-2], image.shape[-1])
-        masks = segment(self.model.mask_branch, pyramid, detections, canvas, budget, grid_override)
-        return (*detections, masks.grids, *masks.slots, *masks.logits, *pyramid)
+        masks = mask_pass(self.model.mask_branch, found.pyramid[:4], found.detections, canvas, budget, grid_override)
+        routing = masks.routing
+        outputs = (*found.detections, routing.grids, *routing.slots, *masks.logits)
+        detector_seams = (
+            *found.pyramid[:4],
+            *found.rpn_logits,
+            *found.rpn_deltas,
+            found.proposals,
+            found.proposal_count,
+            found.box_region,
+            found.class_logits,
+            found.box_deltas,
+        )
+        mask_seams = (masks.slots, masks.mask_boxes, masks.mask_overrides, masks.region, masks.msm_logits, *routing.onward, *routing.here)
+        return (*outputs, *detector_seams, *mask_seams)
 
 
 def export_graph(model: DynaMask, path: Path, canvas: tuple[int, int]) -> dict[str, int]:
@@ -57,40 +69,67 @@ def export_graph(model: DynaMask, path: Path, canvas: tuple[int, int]) -> dict[s
             dynamo=True,
             opset_version=OPSET,
             input_names=INPUTS,
-            output_names=(*DETECTIONS, *MASKS, *PYRAMID),
+            output_names=(*OUTPUTS, *DETECTOR_SEAMS, *MASK_SEAMS),
             verbose=False,
         )
     assert program is not None
     graph = program.model_proto
-    _hide_pyramid(graph)
-    _name_counts(graph)
+    _name_counts(graph, model.config.model.proposals)
+    _hide_seams(graph)
     _drop_traces(graph)
+    write_facts(graph, graph_facts(model, canvas))
     onnx.checker.check_model(graph, full_check=True)
     with atomic_path(path) as temporary:
         onnx.save(graph, temporary)
     return dict(sorted(collections.Counter(node.op_type for node in graph.graph.node).items()))
 
 
-def _hide_pyramid(model: onnx.ModelProto) -> None:
-    """P2..P5 stop being outputs, and stay as named and typed tensors inside."""
-    hidden = [value for value in model.graph.output if value.name in PYRAMID]
-    for value in hidden:
-        model.graph.output.remove(value)
+def graph_facts(model: DynaMask, canvas: tuple[int, int]) -> GraphFacts:
+    """The facts of the model's graph for one canvas (height, width)."""
+    config = model.config.model
+    return GraphFacts.model_validate(
+        {
+            "canvas": canvas,
+            "strides": (4, 8, 16, 32, 64),
+            "anchors": [cell.tolist() for cell in model.rpn.anchor_generator.cell_anchors],
+            "proposals_per_level": config.proposals_per_level,
+            "proposals": config.proposals,
+            "proposal_nms_threshold": RPN_NMS_THRESHOLD,
+            "canonical_size": model.mask_branch.canonical_size,
+            "detections": config.detections,
+            "score_threshold": config.score_threshold,
+            "nms_threshold": config.nms_threshold,
+            "costs": model.mask_branch.costs.tolist(),
+        }
+    )
+
+
+def _hide_seams(model: onnx.ModelProto) -> None:
+    """The seams stop being outputs, and stay as named and typed tensors inside; so do the detections, which are both."""
+    outputs = {value.name: value for value in model.graph.output}
     present = {value.name for value in model.graph.value_info}
-    boundary = [value for value in model.graph.output if value.name in DETECTIONS]
-    model.graph.value_info.extend(value for value in [*hidden, *boundary] if value.name not in present)
+    model.graph.value_info.extend(outputs[name] for name in (*DETECTIONS, *DETECTOR_SEAMS, *MASK_SEAMS) if name not in present)
+    for name in (*DETECTOR_SEAMS, *MASK_SEAMS):
+        model.graph.output.remove(outputs[name])
 
 
-def _name_counts(model: onnx.ModelProto) -> None:
-    """The data-dependent sizes, named by the exporter in order of appearance (u11), are called n_14 to n_112."""
-    names = {}
-    for grid in GRIDS:
-        output = next(value for value in model.graph.output if value.name == f"slots_{grid}")
-        names[output.type.tensor_type.shape.dim[0].dim_param] = f"n_{grid}"
+def _name_counts(model: onnx.ModelProto, proposals: int) -> None:
+    """The data-dependent sizes, which the exporter names in order of appearance (u11), get names: `n` instances in all, `n_14` to `n_112`
+    that end at a grid, `on_28` to `on_112` that go through a stage.
+
+    That as many regions come back from the levels of the pyramid as proposals went there is something the exporter cannot know.
+    """
+    named: dict[str, str | int] = {"slots": "n", "region": "n", "box_region": proposals}
+    named |= {f"slots_{grid}": f"n_{grid}" for grid in GRIDS} | {f"onward_{grid}": f"on_{grid}" for grid in GRIDS[1:]}
+    shapes = {value.name: value.type.tensor_type.shape for value in model.graph.output}
+    sizes = {shapes[tensor].dim[0].dim_param: size for tensor, size in named.items()}
     for value in [*model.graph.output, *model.graph.value_info]:
         for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param in names:
-                dimension.dim_param = names[dimension.dim_param]
+            size = sizes.get(dimension.dim_param) if dimension.dim_param else None
+            if isinstance(size, int):
+                dimension.dim_value = size
+            elif size is not None:
+                dimension.dim_param = size
 
 
 def _drop_traces(model: onnx.ModelProto) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from runtime.cuda import open_driver
+from runtime.errors import InputError
 
 _GPU_FIELDS = ("name", "memory_mib", "driver", "compute_capability")
 _GPU_QUERY = "name,memory.total,driver_version,compute_cap"
@@ -23,7 +25,6 @@ def examine() -> dict[str, Any]:
         what it does here, or how to get it); `onnxruntime` also has `providers` and `deform_conv` (does it run that operator? None
         where onnx, with which engines are built, is not installed).
     """
-    gpus = find_gpus()
     return {
         "dynamask": _version("dynamask") or "not installed as a package",
         "machine": {
@@ -33,11 +34,11 @@ def examine() -> dict[str, Any]:
             "cores": usable_cores(),
             "memory_gib": _memory_gib(),
         },
-        "gpus": gpus,
+        "gpus": find_gpus(),
         "targets": {
             "onnxruntime": _onnxruntime(),
-            "tensorrt-rtx": _tensorrt("tensorrt_rtx", "pip install tensorrt-rtx-cu13", gpus),
-            "tensorrt": _tensorrt("tensorrt", "it comes with JetPack on a Jetson; elsewhere: pip install tensorrt-cu13", gpus),
+            "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
+            "tensorrt": _tensorrt("tensorrt"),
             "torch": _torch(),
         },
     }
@@ -91,16 +92,19 @@ def _deform_conv() -> bool | None:
         return None
 
 
-def _tensorrt(module: str, install: str, gpus: list[dict[str, Any]]) -> dict[str, Any]:
-    """TensorRT and TensorRT-RTX share their Python API under two names."""
+def _tensorrt(target: str) -> dict[str, Any]:
+    from runtime.targets.tensorrt import library_version
+
     try:
-        version = str(getattr(importlib.import_module(module), "__version__", "unknown"))
-    except ImportError:
-        return _missing(install)
-    except Exception as error:
-        return {"available": False, "version": None, "note": f"Installed, but it does not load: {str(error).splitlines()[0]}."}
-    note = "Installed; this version of DynaMask does not build for it yet." if gpus else "Installed, but engines need an NVIDIA GPU to run."
-    return {"available": bool(gpus), "version": version, "note": note}
+        version = library_version(target)
+    except InputError as error:
+        return {"available": False, "version": None, "note": str(error)}
+    try:
+        driver = open_driver()
+    except InputError as error:
+        return {"available": False, "version": version, "note": f"Builds engines. {error}"}
+    note = f"Builds engines, and runs them on {driver.device} of compute capability {driver.compute_capability}."
+    return {"available": True, "version": version, "note": note}
 
 
 def _torch() -> dict[str, Any]:

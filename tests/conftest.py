@@ -9,6 +9,8 @@ import pytest
 
 # Tests run side by side: each process keeps to one core. Read by NumPy, OpenMP and PyTorch when they are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton's kernels are interpreted on CPU tensors; `make test-gpu` sets 0. Read when Triton is first imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

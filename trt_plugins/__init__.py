@@ -1,1 +1,4 @@
-"""TensorRT plugins, one module per operator: its kernel, its plugin and its reference. Empty so far: the ONNX Runtime target needs none."""
+"""Operators for TensorRT, without C++: Triton kernels, TensorRT plugins in Python, and what binds them.
+
+Importing this package loads neither TensorRT, Triton nor PyTorch.
+"""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtime.cuda import open_driver
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ MSM = -1
 SIZE_BASED = 4
 """The value of `grid_override` that chooses the grid by the instance's size (paper, Eq. 8)."""
 
-TARGETS = ("onnxruntime",)
-"""The targets of this version, the best first."""
+TARGETS = ("tensorrt-rtx", "tensorrt", "onnxruntime")
+"""The best first."""
 
 GridOverride = int | npt.NDArray[np.int64] | None
 """One value for all slots or `[K]`: -1 the model decides, 0..3 that grid, 4 the size-based rule; None is -1."""
@@ -74,31 +75,47 @@ def open_engine(bundle: Bundle, target: str = "auto", threads: int | None = None
 
     Args:
         bundle: an opened one.
-        target: `auto` takes the best target that is built.
-        threads: CPU threads; None leaves the target's choice.
+        target: `auto` takes the best target that is built and can run here.
+        threads: CPU threads; None leaves the target's choice, and TensorRT has none.
 
     Raises:
-        InputError: no such target, its library is not installed, or its engine is not built or does not load.
+        InputError: no such target, its library, its driver or its GPU is missing, or its engine is not built or does not load.
     """
-    if target == "auto":
-        target = next((name for name in TARGETS if name in bundle.manifest.engines), TARGETS[0])
-    check_target(target)
     if threads is not None and threads < 1:
         raise InputError(f"{threads} threads cannot run an engine; give 1 or more.")
-    from runtime.targets.onnxruntime import OnnxRuntimeEngine
+    if target == "auto":
+        target = next((name for name in TARGETS if name in bundle.manifest.engines and _runs_here(name)), "onnxruntime")
+    check_target(target)
+    if target == "onnxruntime":
+        from runtime.targets.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(bundle, threads)
+        return OnnxRuntimeEngine(bundle, threads)
+    from runtime.targets.tensorrt import TensorRTEngine
+
+    return TensorRTEngine(bundle, target)
 
 
 def check_target(target: str) -> None:
-    """Refuse what cannot run here.
+    """Refuse what is not installed here. Engines for a GPU are built without one: its driver is looked for when they are opened.
 
     Raises:
-        InputError: no such target, or its library is not installed.
+        InputError: no such target, or its library is not installed or does not load.
     """
-    if target in ("tensorrt", "tensorrt-rtx"):
-        raise InputError(f"the target {target} is not available in this version; take {', '.join(TARGETS)}.")
     if target not in TARGETS:
         raise InputError(f"{target} is not a target; take auto or {', '.join(TARGETS)}.")
-    if importlib.util.find_spec("onnxruntime") is None:
+    if target != "onnxruntime":
+        from runtime.targets.tensorrt import library_version
+
+        library_version(target)
+    elif importlib.util.find_spec("onnxruntime") is None:
         raise InputError(f"the target {target} needs ONNX Runtime, which is not installed; run pip install onnxruntime.")
+
+
+def _runs_here(target: str) -> bool:
+    try:
+        if target != "onnxruntime":
+            open_driver()  # Before TensorRT, which takes longer to import.
+        check_target(target)
+    except InputError:
+        return False
+    return True

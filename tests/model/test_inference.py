@@ -46,7 +46,7 @@ def test_detections_are_torchvisions(model: DynaMask, image: torch.Tensor) -> No
     pyramid, found = detect(model, image)
     proposals, valid = propose(model, image, model.backbone(image))
     rois = torch.cat([torch.zeros(len(proposals), 1), proposals], dim=1)[valid]
-    logits, deltas = model.box_outputs(pyramid, rois)
+    logits, deltas = model.box_outputs(model.box_region(pyramid, rois))
     boxes, scores, labels = model.roi_heads.postprocess_detections(logits, deltas, [proposals[valid]], [(128, 160)])
     count = int((found.scores > 0).sum())
     assert count == len(scores[0]) > 5

@@ -102,9 +102,8 @@ def test_a_wrong_call_is_refused(predictor, bundle):
             predictor(WHITE, **changes)
     with pytest.raises(InputError, match="threads"):
         load(bundle, threads=0)
-    for name, words in (("tensorrt", "not available"), ("abacus", "not a target")):
-        with pytest.raises(InputError, match=words):
-            load(bundle, target=name)
+    with pytest.raises(InputError, match="not a target"):
+        load(bundle, target="abacus")
 
 
 def test_an_engine_that_does_not_fit_is_refused(synthetic, tmp_path):

@@ -1,0 +1,361 @@
+"""Lowers a copy of the portable graph for TensorRT: what TensorRT lacks, or does in many small steps, becomes this project's operators.
+
+Standard operators go in, standard operators and nodes of the domain `dynamask` come out (`DynaMask` + the operator's name; what they are is
+in `trt_plugins`). The seams (`export.seams`) say where the parts to replace begin and end; the facts, what their nodes do not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+
+from export.seams import DETECTIONS, HERE, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, SLOTS, GraphFacts, read_facts
+from runtime.bundle import MODEL
+from runtime.errors import InputError
+from trt_plugins.operator import DType, Operator, TensorSpec
+from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX
+
+_UNSUPPORTED = """
+AffineGrid Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor CenterCropPad Col2Im Compress ConcatFromSequence
+ConvInteger CumProd DFT DeformConv Det DynamicQuantizeLinear ImageDecoder MatMulInteger MaxRoiPool MaxUnpool MelWeightMatrix Multinomial
+NegativeLogLikelihoodLoss NonMaxSuppression NonZero Optional OptionalGetElement OptionalHasElement QLinearConv QLinearMatMul RegexFullMatch
+RoiAlign SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SoftmaxCrossEntropyLoss
+SplitToSequence StringConcat StringNormalizer StringSplit SwiGLU TfIdfVectorizer Unique
+"""
+UNSUPPORTED = frozenset(_UNSUPPORTED.split())
+"""Standard operators that TensorRT-RTX 1.7 does not build: its parser refuses them or, for NonMaxSuppression, NonZero and RoiAlign, takes
+them and has nothing that runs them on every machine."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One kind of change, how often it was made, and why it is made at all."""
+
+    name: str
+    count: int
+    why: str
+
+
+@dataclass(frozen=True)
+class PlacedOperator:
+    """An operator of the lowered graph and what it takes there; a size that varies is None."""
+
+    operator: Operator
+    inputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The graph for TensorRT."""
+
+    model: onnx.ModelProto
+    rewrites: tuple[Rewrite, ...]
+    operators: tuple[PlacedOperator, ...]
+    """In the order in which they run."""
+
+
+def lower(model: onnx.ModelProto) -> Lowered:
+    """Lower a portable graph, fp32 or fp16 inside; `model` itself is left as it is.
+
+    Inputs, outputs and the names of the tensors that remain are those of the portable graph.
+
+    Raises:
+        InputError: the graph lacks its facts or a seam, or holds an operator that neither TensorRT nor this project has.
+    """
+    facts = read_facts(model)
+    graph = gs.import_onnx(model)
+    # Otherwise this project's domain would be added to the portable graph too.
+    graph.import_domains = [onnx.helper.make_opsetid(entry.domain, entry.version) for entry in model.opset_import]
+    rewrites = []
+    for name, rewrite, why in REWRITES:
+        rewrites.append(Rewrite(name, rewrite(graph, facts), why))
+        graph.cleanup()
+    graph.toposort()
+    operators = tuple(place_operators(graph))
+    identities = drop_identities(graph)
+    rewrites.append(Rewrite("identities", identities, "casts and reshapes that change nothing would each be a layer of the engine"))
+    graph.cleanup()
+    check_supported(graph)
+    lowered = gs.export_onnx(graph)
+    lowered.metadata_props.extend(model.metadata_props)
+    return Lowered(lowered, tuple(rewrites), operators)
+
+
+def lower_proposals(graph: gs.Graph, facts: GraphFacts) -> int:
+    """From the RPN's outputs to `proposals` and `proposal_count`: one DynaMaskProposals."""
+    inputs = _seams(graph, *RPN_LOGITS, *RPN_DELTAS)
+    attributes = {
+        "canvas": list(facts.canvas),
+        "strides": list(facts.strides),
+        "per_level": facts.proposals_per_level,
+        "proposals": facts.proposals,
+        "nms_threshold": facts.proposal_nms_threshold,
+    }
+    anchors = gs.Constant("anchors", np.array(facts.anchors, np.float32))
+    node = _operator("Proposals", "proposals", attributes, [*map(_widened, inputs), anchors])
+    replace_between(graph, inputs, _seams(graph, "proposals", "proposal_count"), node)
+    return 1
+
+
+def lower_detections(graph: gs.Graph, facts: GraphFacts) -> int:
+    """From the box head's outputs to the detections and the filled `slots`: one DynaMaskDetections."""
+    inputs = _seams(graph, "class_logits", "box_deltas", "proposals", "proposal_count", "min_score")
+    attributes = {
+        "canvas": list(facts.canvas),
+        "detections": facts.detections,
+        "score_threshold": facts.score_threshold,
+        "nms_threshold": facts.nms_threshold,
+    }
+    node = _operator("Detections", "detections", attributes, [*map(_widened, inputs)])
+    replace_between(graph, inputs, _seams(graph, *DETECTIONS, "slots"), node, sizes=["n"])
+    return 1
+
+
+def lower_routing(graph: gs.Graph, facts: GraphFacts) -> int:
+    """From the MSM's logits to the grids and the index of every stage: one DynaMaskMsmRoute."""
+    inputs = _seams(graph, "msm_logits", "mask_boxes", "mask_overrides", "slots", "budget")
+    attributes = {"canvas": list(facts.canvas), "detections": facts.detections, "costs": list(facts.costs)}
+    node = _operator("MsmRoute", "msm_route", attributes, [*map(_widened, inputs)])
+    replace_between(graph, inputs, _seams(graph, "grids", *ONWARD, *HERE, *SLOTS), node, sizes=["n1", "n2", "n3", "m0", "m1", "m2", "m3"])
+    return 1
+
+
+def lower_pyramid_roi_align(graph: gs.Graph, facts: GraphFacts) -> int:
+    """From P2..P5 and boxes to `box_region` and to `region`: one DynaMaskRoiAlign each."""
+    for boxes, region in (("proposals", "box_region"), ("mask_boxes", "region")):
+        inputs, outputs = _seams(graph, *PYRAMID, boxes), _seams(graph, region)
+        maps = [_widened(tensor) for tensor in inputs[:-1]]
+        crops = {_widened(node.inputs[0]).name: node for node in region_between(inputs, outputs) if node.op == "RoiAlign"}
+        if crops.keys() != {tensor.name for tensor in maps}:
+            raise InputError(f"{MODEL}: {region} is not cropped from each of {', '.join(PYRAMID)} once: export the bundle again.")
+        levels = [_roi_align_attributes(crops[tensor.name]) for tensor in maps]
+        strides = [stride for level in levels for stride in level["strides"]]
+        attributes = {**levels[0], "strides": strides, "canonical_size": facts.canonical_size}
+        replace_between(graph, inputs, outputs, _operator("RoiAlign", region, attributes, [*maps, _widened(inputs[-1])]))
+    return 2
+
+
+def lower_roi_align(graph: gs.Graph, facts: GraphFacts) -> int:
+    """Every RoiAlign that is left, on one map: a DynaMaskRoiAlign. The batch index of its RoIs is 0, as a graph holds one image."""
+    nodes = [node for node in graph.nodes if node.op == "RoiAlign"]
+    for node in nodes:
+        feature, rois, _ = node.inputs
+        if feature.shape is None or feature.shape[0] != 1:
+            raise InputError(f"{MODEL}: {node.name} crops from {feature.shape}, which is not one image: export the bundle again.")
+        attributes = {**_roi_align_attributes(node), "canonical_size": 0.0}
+        name = f"crop_{attributes['size']}"
+        replace_between(graph, node.inputs, node.outputs, _operator("RoiAlign", name, attributes, [_widened(feature), _boxes(rois)]))
+    return len(nodes)
+
+
+def lower_deform_conv(graph: gs.Graph, facts: GraphFacts) -> int:
+    """Every DeformConv, with the Relu that alone follows it: a DynaMaskDeformConv."""
+    nodes = [node for node in graph.nodes if node.op == "DeformConv"]
+    for node in nodes:
+        if node.attrs.get("group", 1) != 1:
+            raise InputError(f"{MODEL}: {node.name} has {node.attrs['group']} groups, not one: use --target onnxruntime.")
+        x, weight, offset, *rest = node.inputs
+        output = node.outputs[0]
+        relu = _only_consumer(graph, output, "Relu")
+        bias = rest[0] if rest and not rest[0].is_empty() else gs.Constant(f"{node.name}/bias", np.zeros(weight.shape[0], weight.dtype))
+        attributes = {
+            "strides": list(node.attrs.get("strides", [1, 1])),
+            "pads": list(node.attrs.get("pads", [0, 0, 0, 0])),
+            "dilations": list(node.attrs.get("dilations", [1, 1])),
+            "offset_group": node.attrs.get("offset_group", 1),
+            "relu": int(relu is not None),
+        }
+        # The weight tells the module: model.mask_branch.rfpn.stages.0.align.weight, with more behind it in fp16.
+        name = weight.name.removeprefix("model.").partition(".weight")[0].replace(".", "/")
+        fused = _operator("DeformConv", name, attributes, [x, weight, offset, bias, *rest[1:]])
+        replace_between(graph, node.inputs, relu.outputs if relu else [output], fused)
+    return len(nodes)
+
+
+REWRITES: tuple[tuple[str, Callable[[gs.Graph, GraphFacts], int], str], ...] = (
+    ("Proposals", lower_proposals, "NonMaxSuppression has no implementation; top-k, decoding and NMS stay on the device"),
+    ("Detections", lower_detections, "NonMaxSuppression and NonZero have no implementation; how many are found stays on the device"),
+    ("MsmRoute", lower_routing, "NonZero has no implementation; who goes through which stage is decided on the device"),
+    ("RoiAlign on the pyramid", lower_pyramid_roi_align, "each box on its own level in one launch, where NonZero sorted them by level"),
+    ("RoiAlign", lower_roi_align, "the built-in one cannot be built without a GPU and takes no fp16 map with fp32 boxes"),
+    ("DeformConv", lower_deform_conv, "there is no importer; bias and Relu are fused"),
+)
+
+
+def replace_between(
+    graph: gs.Graph, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], node: gs.Node, sizes: Sequence[str] = ()
+) -> None:
+    """Let `node`, which has its inputs, give `outputs` in place of what computes them from `inputs` now.
+
+    What only they were computed by is gone at the graph's next `cleanup`. `sizes` names further outputs of the node, `[] int64` each.
+
+    Raises:
+        InputError: an output depends on something besides `inputs` and constants.
+    """
+    region_between(inputs, outputs)
+    tensors = list(outputs)
+    for tensor in tensors:
+        tensor.inputs.clear()
+    node.outputs = [*tensors, *(gs.Variable(f"{node.name}/{size}", np.int64, []) for size in sizes)]
+    graph.nodes.append(node)
+
+
+def region_between(inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> list[gs.Node]:
+    """The nodes that compute `outputs` from `inputs` and constants.
+
+    Raises:
+        InputError: they need something else.
+    """
+    ends = {tensor.name for tensor in inputs}
+    nodes: dict[int, gs.Node] = {}
+    pending = list(outputs)
+    while pending:
+        tensor = pending.pop()
+        if tensor.is_empty() or tensor.name in ends or isinstance(tensor, gs.Constant):
+            continue
+        if not tensor.inputs:
+            wanted, given = (", ".join(t.name for t in tensors) for tensors in (outputs, inputs))
+            raise InputError(f"{MODEL}: {wanted} depends on {tensor.name}, and not on {given} alone: export the bundle again.")
+        node = tensor.inputs[0]
+        if id(node) not in nodes:
+            nodes[id(node)] = node
+            pending.extend(node.inputs)
+    return list(nodes.values())
+
+
+def place_operators(graph: gs.Graph) -> Iterator[PlacedOperator]:
+    """Construct the operator of each node of this project, in order, check what it takes, and give its outputs their types.
+
+    Raises:
+        InputError: an attribute or an input does not fit the operator.
+    """
+    for node in [node for node in graph.nodes if node.domain == DOMAIN]:
+        operator = OPERATORS[node.op.removeprefix(PREFIX)](node.name, **node.attrs)
+        inputs = tuple(_spec(tensor) for tensor in node.inputs)
+        operator.check_inputs(inputs)
+        types = operator.output_types([spec.dtype for spec in inputs])
+        for tensor, dtype in zip(list(node.outputs), types, strict=True):
+            _set_type(graph, tensor, np.dtype(dtype))
+        yield PlacedOperator(operator, inputs)
+
+
+def drop_identities(graph: gs.Graph) -> int:
+    """Bypass casts to the type that a tensor has, and reshapes of a row of values to a row; returns how many."""
+    dropped = 0
+    for node in graph.nodes:
+        if node.op == "Cast":
+            same = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]) == node.inputs[0].dtype
+        elif node.op == "Reshape":
+            shape = node.inputs[1]
+            same = len(node.inputs[0].shape or ()) == 1 and isinstance(shape, gs.Constant) and shape.values.tolist() == [-1]
+        else:
+            continue
+        if same and not _is_output(graph, node.outputs[0]):
+            _redirect(node.outputs[0], node.inputs[0])
+            dropped += 1
+    return dropped
+
+
+def check_supported(graph: gs.Graph) -> None:
+    """Refuse operators that neither TensorRT nor this project has.
+
+    Raises:
+        InputError: names the first node and its operator.
+    """
+    for node in graph.nodes:
+        ours = node.domain == DOMAIN and node.op.removeprefix(PREFIX) in OPERATORS
+        standard = node.domain in (None, "", "ai.onnx") and node.op not in UNSUPPORTED and onnx.defs.has(node.op)
+        if not (ours or standard):
+            kind = f"{node.domain}::{node.op}" if node.domain else node.op
+            raise InputError(f"{MODEL}: TensorRT has no {kind}, which node {node.name} is: use --target onnxruntime.")
+
+
+def _operator(name: str, node: str, attributes: dict[str, Any], inputs: Sequence[gs.Tensor]) -> gs.Node:
+    return gs.Node(PREFIX + name, node, attributes, list(inputs), domain=DOMAIN)
+
+
+def _seams(graph: gs.Graph, *names: str) -> list[gs.Tensor]:
+    tensors = graph.tensors()
+    for name in names:
+        if name not in tensors:
+            raise InputError(f"{MODEL} has no tensor {name}, at which it is cut: export the bundle again.")
+    return [tensors[name] for name in names]
+
+
+def _widened(tensor: gs.Tensor) -> gs.Tensor:
+    """What a tensor was before it was cast from fp16 to fp32: this project's operators take either."""
+    producer = tensor.inputs[0] if tensor.inputs else None
+    if producer is not None and producer.op == "Cast" and producer.inputs[0].dtype == np.float16 and tensor.dtype == np.float32:
+        return producer.inputs[0]
+    return tensor
+
+
+def _boxes(rois: gs.Tensor) -> gs.Tensor:
+    """What a column of batch indices was put before and then cut from: `Slice(Concat(index, boxes))` is `boxes`."""
+    cut = rois.inputs[0] if rois.inputs else None
+    if cut is None or cut.op != "Slice" or [t.values.tolist() for t in cut.inputs[1:4] if isinstance(t, gs.Constant)] != [[1], [5], [1]]:
+        return rois
+    joined = cut.inputs[0].inputs[0] if cut.inputs[0].inputs else None
+    if joined is None or joined.op != "Concat" or [(t.shape or [])[1:] for t in joined.inputs] != [[1], [4]]:
+        return rois
+    return joined.inputs[1]
+
+
+def _roi_align_attributes(node: gs.Node) -> dict[str, Any]:
+    """`strides` (of the one map), `size`, `samples` and `aligned` of a standard RoiAlign."""
+    attributes, stride = node.attrs, 1 / node.attrs.get("spatial_scale", 1.0)
+    square = attributes.get("output_height", 1) == attributes.get("output_width", 1)
+    if not square or attributes.get("mode", "avg") != "avg" or stride != round(stride):
+        raise InputError(f"{MODEL}: {node.name} is no average of square crops from a map of whole stride: export the bundle again.")
+    return {
+        "strides": [round(stride)],
+        "size": attributes.get("output_height", 1),
+        "samples": attributes.get("sampling_ratio", 0),
+        "aligned": int(attributes.get("coordinate_transformation_mode", "half_pixel") == "half_pixel"),
+    }
+
+
+def _only_consumer(graph: gs.Graph, tensor: gs.Tensor, op: str) -> gs.Node | None:
+    """The node that takes `tensor`, if it is the only one and an `op`."""
+    alone = len(tensor.outputs) == 1 and not _is_output(graph, tensor) and tensor.outputs[0].op == op
+    return tensor.outputs[0] if alone else None
+
+
+def _set_type(graph: gs.Graph, tensor: gs.Tensor, dtype: npt.DTypeLike) -> None:
+    """Give a tensor another type; what takes it and is no cast gets it cast back to the type it expects."""
+    if tensor.dtype == dtype:
+        return
+    if _is_output(graph, tensor):
+        raise InputError(f"{MODEL}: the output {tensor.name} would be {dtype}, not {tensor.dtype}: export the bundle again.")
+    expected = gs.Variable(f"{tensor.name}/{tensor.dtype}", tensor.dtype, tensor.shape)
+    tensor.dtype = np.dtype(dtype)
+    others = [node for node in tensor.outputs if node.op != "Cast"]
+    for node in others:
+        node.inputs = [expected if value is tensor else value for value in node.inputs]
+    if others:
+        to = int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(expected.dtype)))
+        graph.nodes.insert(
+            next(i for i, node in enumerate(graph.nodes) if any(node is other for other in others)),
+            gs.Node("Cast", f"{tensor.name}/cast", {"to": to}, [tensor], [expected]),
+        )
+
+
+def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let everything that takes `old` take `new`."""
+    for node in list(old.outputs):
+        node.inputs = [new if value is old else value for value in node.inputs]
+
+
+def _is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    return any(tensor is output for output in graph.outputs)
+
+
+def _spec(tensor: gs.Tensor) -> TensorSpec:
+    dtype: DType = np.dtype(tensor.dtype).name
+    return TensorSpec(tuple(size if isinstance(size, int) else None for size in tensor.shape), dtype)

@@ -1,0 +1,78 @@
+"""What the portable graph tells besides its nodes: the names of the tensors inside it at which a target may cut or replace, and facts.
+
+Imports no PyTorch: a graph is lowered where there is none.
+"""
+
+from __future__ import annotations
+
+import onnx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dynamask.config import GRIDS
+from runtime.bundle import MODEL
+from runtime.errors import InputError
+
+LEVELS = range(5)
+PYRAMID = ("p2", "p3", "p4", "p5")
+RPN_LOGITS = tuple(f"rpn_logits_{level}" for level in LEVELS)
+RPN_DELTAS = tuple(f"rpn_deltas_{level}" for level in LEVELS)
+DETECTIONS = ("boxes", "scores", "labels")
+ONWARD = tuple(f"onward_{grid}" for grid in GRIDS[1:])
+HERE = tuple(f"here_{grid}" for grid in GRIDS)
+SLOTS = tuple(f"slots_{grid}" for grid in GRIDS)
+DETECTOR_SEAMS = (*PYRAMID, *RPN_LOGITS, *RPN_DELTAS, "proposals", "proposal_count", "box_region", "class_logits", "box_deltas")
+MASK_SEAMS = ("slots", "mask_boxes", "mask_overrides", "region", "msm_logits", *ONWARD, *HERE)
+FACTS = "dynamask"
+"""Where the facts stand among the model's metadata."""
+
+
+class GraphFacts(BaseModel):
+    """What replacing a part of the graph needs to know and its nodes do not tell."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    canvas: tuple[int, int]
+    """Height and width, pixels."""
+    strides: tuple[int, int, int, int, int]
+    """Of P2..P6: a map is the canvas over its stride, rounded up."""
+    anchors: tuple[tuple[tuple[float, float, float, float], ...], ...]
+    """Per level, the anchors of the cell at the origin, xyxy in pixels."""
+    proposals_per_level: int
+    """Anchors kept of each level before NMS."""
+    proposals: int
+    """P."""
+    proposal_nms_threshold: float
+    canonical_size: float
+    """Side in pixels of a box that takes its RoI feature from P4."""
+    detections: int
+    """K."""
+    score_threshold: float
+    nms_threshold: float
+    costs: tuple[float, float, float, float]
+    """GMAC of an instance that ends at each grid."""
+
+
+def write_facts(model: onnx.ModelProto, facts: GraphFacts) -> None:
+    """Put `facts` into the model's metadata."""
+    onnx.helper.set_model_props(model, {**_metadata(model), FACTS: facts.model_dump_json()})
+
+
+def read_facts(model: onnx.ModelProto) -> GraphFacts:
+    """The facts in the model's metadata.
+
+    Raises:
+        InputError: there are none, or they are of another version.
+    """
+    text = _metadata(model).get(FACTS)
+    if text is None:
+        raise InputError(f"{MODEL} does not say how it was made (no {FACTS} in its metadata): export the bundle again.")
+    try:
+        return GraphFacts.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "all of it"
+        raise InputError(f"{MODEL} was made by another version ({field}: {first['msg']}): export the bundle again.") from error
+
+
+def _metadata(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}

@@ -1,0 +1,380 @@
+"""TensorRT, and TensorRT for RTX: the whole graph as one engine, routed on the GPU by this project's plugins.
+
+All of an engine's work is in one CUDA stream. CUDA graphs cannot hold it, TensorRT for RTX's own neither: the sizes of the mask branch
+depend on the image, and TensorRT waits for them while it enqueues, which ends a capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.bundle import Bundle, EngineEntry
+from runtime.cuda import Driver, open_driver
+from runtime.errors import DynaMaskError, InputError
+from runtime.files import atomic_path
+from runtime.instances import GRIDS
+from runtime.targets.base import MSM, EngineOutput, GridOverride
+from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
+from trt_plugins.kernels import CompiledKernel, KernelLibrary
+from trt_plugins.operator import Buffer, KernelSpec, Launch
+from trt_plugins.plugin import register
+from trt_plugins.tensorrt import TensorRTTarget, load
+
+ENGINE = "engine.bin"
+INPUTS = ("image", "min_score", "budget", "grid_override")
+OUTPUTS = ("boxes", "scores", "labels", "grids", *(f"{kind}_{grid}" for grid in GRIDS for kind in ("slots", "masks")))
+_LETTERS = {"i32": "i", "i64": "q", "fp32": "f"}
+_LOADING = threading.Lock()
+"""Plugins take the launcher that is registered while their engine is loaded: one engine at a time."""
+
+
+@dataclass(eq=False)
+class Tensor:
+    """An input or output of the engine, with room for its largest size on the device and in pinned memory."""
+
+    address: int
+    room: npt.NDArray[Any]
+    """`[most items]`, pinned."""
+    shape: tuple[int, ...]
+    """An output's in the last run."""
+
+    @property
+    def host(self) -> npt.NDArray[Any]:
+        """The pinned memory in the tensor's shape."""
+        return self.room[: math.prod(self.shape)].reshape(self.shape)
+
+
+class TensorRTEngine:
+    """A bundle's engine on the first visible GPU: its execution context, its stream, and its buffers at their largest size.
+
+    For one thread at a time, which need not be the one that opened it.
+    """
+
+    def __init__(self, bundle: Bundle, target: str) -> None:
+        """Load the engine of a target, `tensorrt-rtx` or `tensorrt`.
+
+        Raises:
+            InputError: the engine is not built or damaged; TensorRT, cuda-python or a GPU is missing; the engine was built by another
+                TensorRT or for other GPUs, or does not fit the memory that is free.
+            DynaMaskError: TensorRT or CUDA failed.
+        """
+        entry = bundle.engine(target)
+        trt = load(cast(TensorRTTarget, target))
+        self.target = target
+        self.manifest = bundle.manifest
+        self._path = bundle.path / "engines" / target / ENGINE
+        self._remedy = f"build it again with dynamask build-engine {bundle.path} --target {target}."
+        self._driver = open_driver()
+        self._logger = _logger(trt)
+        self._has_run = False
+        with self._driver.current(), contextlib.ExitStack() as resources:
+            self._stream = self._driver.create_stream()
+            resources.callback(self._driver.destroy_stream, self._stream)
+            self._start, self._detected = self._driver.create_event(), self._driver.create_event()
+            self._launcher = KernelLauncher(self._driver, self._kernels(bundle, entry), self._detected, self._remedy)
+            resources.callback(self._launcher.unload)
+            with _LOADING:
+                self._plugins = register(trt, self._launcher)
+                with self._needing(self._path.stat().st_size):
+                    self._engine = self._deserialise(trt, entry)
+                self._cache = _runtime_cache(trt, self._engine, entry, self._driver.device) if target == "tensorrt-rtx" else None
+                with self._needing(self._engine.device_memory_size_v2):
+                    self._context = self._create_context()
+            # TensorRT keeps pointers to them, nothing more.
+            self._allocators: list[Any] = []
+            self._tensors = self._create_tensors(trt, resources)
+            self._resources = resources.pop_all()
+
+    def __enter__(self) -> TensorRTEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine and all its memory; the GPU's context stays, as the process has one for all."""
+        with self._driver.current():
+            if self._cache is not None:
+                self._cache.save()
+            self._context = self._cache = self._engine = self._start = self._detected = None
+            self._resources.close()
+
+    @property
+    def memory_bytes(self) -> int:
+        """GPU memory that the engine holds: weights (the size of the engine's file), activations and workspaces, inputs and outputs.
+
+        It does not grow. What CUDA itself takes for its context, and code that TensorRT for RTX compiles, come on top.
+        """
+        buffers = sum(tensor.room.nbytes for tensor in self._tensors.values())
+        return self._path.stat().st_size + int(self._engine.device_memory_size_v2) + buffers
+
+    def run(
+        self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+    ) -> EngineOutput:
+        """Detect and segment one canvas; `times_ms` are apart where the GPU has the detections, and include the copies.
+
+        Args:
+            image: `[1, 3, H, W] float32`, normalised.
+            budget: mean GMAC an instance to keep to; none where None or 0.
+            grid_override: one value for all slots or `[K]`.
+            min_score: what scores this or less is left out before the mask branch.
+
+        Raises:
+            InputError: the engine's kernels are not those of this version.
+            DynaMaskError: TensorRT or CUDA failed.
+        """
+        start = time.perf_counter()
+        driver, stream = self._driver, self._stream
+        override = MSM if grid_override is None else grid_override
+        values: dict[str, Any] = {"image": image, "min_score": min_score, "budget": budget or 0.0, "grid_override": override}
+        with driver.current():
+            for name, value in values.items():
+                np.copyto(self._tensors[name].host, value)
+            # The stream is idle: the event's time is now.
+            filled = time.perf_counter()
+            driver.record(self._start, stream)
+            for name in INPUTS:
+                driver.to_device(self._tensors[name].address, self._tensors[name].host, stream)
+            self._execute()
+            # TensorRT has told the sizes: it waited for them itself.
+            for name in OUTPUTS:
+                if self._tensors[name].host.size:
+                    driver.to_host(self._tensors[name].host, self._tensors[name].address, stream)
+            driver.synchronize(stream)
+            detected_ms = driver.elapsed_ms(self._start, self._detected)
+            if self._cache is not None and not self._has_run:
+                self._cache.save()
+            self._has_run = True
+        outputs = {name: self._tensors[name].host.copy() for name in OUTPUTS}
+        detector = 1000 * (filled - start) + detected_ms
+        return _engine_output(outputs, {"detector": detector, "masks": 1000 * (time.perf_counter() - start) - detector})
+
+    def _kernels(self, bundle: Bundle, entry: EngineEntry) -> dict[str, CompiledKernel]:
+        folder = self._path.parent
+        files = {(bundle.path / name).relative_to(folder).as_posix(): bundle.path / name for name in entry.files}
+        library = KernelLibrary.from_files({name: file.read_bytes() for name, file in files.items() if name != ENGINE})
+        return library.for_device(self._driver.compute_capability)
+
+    def _deserialise(self, trt: ModuleType, entry: EngineEntry) -> Any:
+        with self._plugins.raising():
+            engine = trt.Runtime(self._logger).deserialize_cuda_engine(self._path.read_bytes())
+        if engine is None:
+            built = entry.versions.get(self.target, "?")
+            device = f"{self._driver.device} of compute capability {self._driver.compute_capability}"
+            raise InputError(
+                f"{self._path}, built for {trt.__name__} {built}, does not load in {trt.__version__} on this {device} "
+                f"({self._logger.reason}); {self._remedy}"
+            )
+        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        if names != {*INPUTS, *OUTPUTS}:
+            raise InputError(f"{self._path} takes and gives {', '.join(sorted(names))}, which is no DynaMask; {self._remedy}")
+        return engine
+
+    def _create_context(self) -> Any:
+        with self._plugins.raising():
+            context = self._engine.create_execution_context(*([] if self._cache is None else [self._cache.config]))
+        if context is None:
+            raise DynaMaskError(f"TensorRT could not prepare {self._path} to run ({self._logger.reason}).")
+        return context
+
+    def _create_tensors(self, trt: ModuleType, resources: contextlib.ExitStack) -> dict[str, Tensor]:
+        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in (*INPUTS, *OUTPUTS)}
+        types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
+        sizes = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
+        sizes |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
+        with self._needing(sum(sizes.values())):
+            return {name: self._create_tensor(trt, name, shapes[name], types[name], sizes[name], resources) for name in sizes}
+
+    def _create_tensor(
+        self, trt: ModuleType, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, resources: contextlib.ExitStack
+    ) -> Tensor:
+        address, memory = self._driver.allocate(size), self._driver.allocate_pinned(size)
+        resources.callback(self._driver.free, address)
+        resources.callback(self._driver.free_pinned, memory)
+        tensor = Tensor(address, memory.view(dtype), shape)
+        if -1 in shape:
+            self._allocators.append(_output_allocator(trt, tensor))
+            self._context.set_output_allocator(name, self._allocators[-1])
+        else:
+            self._context.set_tensor_address(name, address)
+        return tensor
+
+    @contextlib.contextmanager
+    def _needing(self, size: int) -> Iterator[None]:
+        """What fails inside, and would take more memory than is free, fails for that.
+
+        Nothing is refused beforehand: what is free on a Jetson leaves out the files that Linux keeps in memory, which make room.
+        """
+        free = self._driver.memory().free
+        try:
+            yield
+        except DynaMaskError as error:
+            if size <= free:
+                raise
+            raise InputError(
+                f"{self._path} needs {_mib(size)} MiB more of the memory of {self._driver.device}, and {_mib(free)} MiB are free; "
+                "end what else runs there, or build it with --precision fp16."
+            ) from error
+
+    def _execute(self) -> None:
+        with self._plugins.raising():
+            done = self._context.execute_async_v3(self._stream)
+        if not done:
+            raise DynaMaskError(f"TensorRT could not run {self._path} ({self._logger.reason}).")
+
+
+class KernelLauncher:
+    """Launches an engine's kernels for its plugins; each is loaded when it is first needed.
+
+    After every kernel of the detections it records the event `detected`, so that its last record is where the mask branch begins.
+    """
+
+    def __init__(self, driver: Driver, kernels: Mapping[str, CompiledKernel], detected: Any, remedy: str) -> None:
+        self._driver = driver
+        self._kernels = kernels
+        self._detected = detected
+        self._remedy = remedy
+        self._loaded: dict[KernelSpec, Any] = {}
+
+    def __call__(self, launch: Launch, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:
+        """Enqueue a launch; the addresses are those that its buffers number.
+
+        Raises:
+            InputError: the engine was built without this kernel.
+            DynaMaskError: CUDA failed.
+        """
+        spec = launch.kernel
+        if spec not in self._loaded:
+            self._loaded[spec] = self._load(spec)
+        tensors = {"input": inputs, "output": outputs}
+
+        def value(argument: Buffer | int | float) -> int | float:
+            if not isinstance(argument, Buffer):
+                return argument
+            return workspace + argument.offset if argument.kind == "workspace" else tensors[argument.kind][argument.index]
+
+        # The last two: Triton's scratch memory, which these kernels do not use.
+        self._driver.launch(self._loaded[spec], launch.grid, stream, [*map(value, launch.arguments), 0, 0])
+        if spec.module == DETECTIONS_KERNELS:
+            self._driver.record(self._detected, stream)
+
+    def unload(self) -> None:
+        """Free the kernels; the plugins that refer to this launcher may live longer."""
+        self._loaded.clear()
+        self._detected = None
+
+    def _load(self, spec: KernelSpec) -> Any:
+        kernel = self._kernels.get(spec.key)
+        if kernel is None:
+            raise InputError(f"The engine was built by another version of DynaMask, without the kernel {spec.key}; {self._remedy}")
+        if kernel.global_scratch or kernel.profile_scratch:
+            raise DynaMaskError(f"The kernel {spec.key} wants scratch memory of Triton's, which engines do not give.")
+        letters = "".join("P" if kind.startswith("*") else _LETTERS[kind] for _, kind in kernel.signature)
+        return self._driver.load_kernel(kernel.cubin, kernel.entry, letters + "PP", 32 * kernel.num_warps, kernel.shared)
+
+
+class RuntimeCache:
+    """What TensorRT for RTX compiles for the GPU when an engine first runs there, kept in a file for the next time.
+
+    The file only saves time: one that does not fit is refused by TensorRT, and one that cannot be written is done without.
+    """
+
+    def __init__(self, trt: ModuleType, engine: Any, path: Path) -> None:
+        self.config = engine.create_runtime_config()
+        """For `create_execution_context`."""
+        # The number of instances changes from frame to frame: kernels made for one number would be compiled without end.
+        self.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+        self._cache = self.config.create_runtime_cache()
+        self._path = path
+        self._saved = b""
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
+            if self._cache.deserialize(content):
+                self._saved = content
+        self.config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write the file, if there is something new."""
+        content = self._cache.serialize()
+        if content is None or bytes(content) == self._saved:
+            return
+        self._saved = bytes(content)
+        with contextlib.suppress(DynaMaskError), atomic_path(self._path) as temporary:
+            temporary.write_bytes(self._saved)
+
+
+def library_version(target: str) -> str:
+    """The version of the library of a target, `tensorrt-rtx` or `tensorrt`.
+
+    Raises:
+        InputError: it is not installed or does not load.
+    """
+    return str(load(cast(TensorRTTarget, target)).__version__)
+
+
+def _runtime_cache(trt: ModuleType, engine: Any, entry: EngineEntry, device: str) -> RuntimeCache:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamask" / "tensorrt-rtx"
+    sha256 = next(file.sha256 for name, file in entry.files.items() if Path(name).name == ENGINE)
+    return RuntimeCache(trt, engine, folder / f"{sha256[:16]}-{re.sub('[^0-9A-Za-z]+', '-', device)}.bin")
+
+
+def _logger(trt: ModuleType) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[name-defined]
+        """Keeps the first error since `reason` was last asked for; says nothing itself."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._first = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self._first = self._first or message
+
+        @property
+        def reason(self) -> str:
+            first, self._first = self._first, ""
+            return (first.strip().splitlines() or ["TensorRT gave no reason"])[0].rstrip(".")
+
+    return Logger()
+
+
+def _output_allocator(trt: ModuleType, tensor: Tensor) -> Any:
+    class OutputAllocator(trt.IOutputAllocator):  # type: ignore[name-defined]
+        """Gives TensorRT the room that an output has, and notes the shape it turns out to have."""
+
+        def __init__(self) -> None:
+            trt.IOutputAllocator.__init__(self)
+
+        def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+            # 0 tells TensorRT that there is no more.
+            return tensor.address if size <= tensor.room.nbytes else 0
+
+        def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
+            return self.reallocate_output_async(name, memory, size, alignment, 0)
+
+        def notify_shape(self, name: str, shape: Sequence[int]) -> None:
+            tensor.shape = tuple(shape)
+
+    return OutputAllocator()
+
+
+def _engine_output(outputs: Mapping[str, npt.NDArray[Any]], times_ms: Mapping[str, float]) -> EngineOutput:
+    masks = {grid: (outputs[f"slots_{grid}"], outputs[f"masks_{grid}"]) for grid in GRIDS}
+    return EngineOutput(outputs["boxes"], outputs["scores"], outputs["labels"], outputs["grids"], masks, times_ms)
+
+
+def _mib(size: int) -> int:
+    return -(-size // 2**20)

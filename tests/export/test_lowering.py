@@ -1,0 +1,503 @@
+"""Lowering: each rewrite on a few nodes, then a whole graph, computed node by node and built by TensorRT for RTX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from export.lowering import (
+    UNSUPPORTED,
+    Lowered,
+    check_supported,
+    drop_identities,
+    lower,
+    lower_deform_conv,
+    lower_detections,
+    lower_proposals,
+    lower_pyramid_roi_align,
+    lower_roi_align,
+    lower_routing,
+    place_operators,
+    replace_between,
+)
+from export.precision import to_fp16
+from export.seams import DETECTIONS, HERE, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, SLOTS, GraphFacts
+from runtime.errors import InputError
+from trt_plugins.registry import DOMAIN, OPERATORS
+
+Arrays = dict[str, npt.NDArray[Any]]
+FACTS = GraphFacts(
+    canvas=(64, 96),
+    strides=(4, 8, 16, 32, 64),
+    anchors=tuple((tuple(float(side) * s for s in (-1, -1, 1, 1)),) for side in (8, 16, 32, 64, 128)),  # type: ignore[arg-type]
+    proposals_per_level=7,
+    proposals=6,
+    proposal_nms_threshold=0.7,
+    canonical_size=112.0,
+    detections=5,
+    score_threshold=0.25,
+    nms_threshold=0.5,
+    costs=(0.1, 0.2, 0.3, 0.4),
+)
+
+
+class Sketch:
+    """A small graph, drawn tensor by tensor."""
+
+    def __init__(self) -> None:
+        self.graph = gs.Graph(opset=20)
+
+    def input(self, name: str, shape: list[int | str], dtype: npt.DTypeLike = np.float32) -> gs.Variable:
+        tensor = gs.Variable(name, np.dtype(dtype), shape)
+        self.graph.inputs.append(tensor)
+        return tensor
+
+    def node(self, op: str, inputs: list[Any], name: str, shape: list[int | str], dtype: npt.DTypeLike = np.float32, **attrs: Any) -> Any:
+        """A node called after its output; arrays among its inputs become constants."""
+        tensors = [x if isinstance(x, gs.Tensor) else gs.Constant(f"{name}/{i}", np.asarray(x)) for i, x in enumerate(inputs)]
+        output = gs.Variable(name, np.dtype(dtype), shape)
+        self.graph.nodes.append(gs.Node(op, name, attrs, tensors, [output]))
+        return output
+
+    def cast(self, tensor: gs.Variable, dtype: npt.DTypeLike, name: str) -> Any:
+        return self.node("Cast", [tensor], name, tensor.shape, dtype, to=int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype))))
+
+    def finish(self, *outputs: gs.Variable) -> gs.Graph:
+        self.graph.outputs = list(outputs)
+        return self.graph
+
+    def ours(self) -> list[gs.Node]:
+        """What is left after cleaning up; nothing but this project's nodes is expected."""
+        self.graph.cleanup().toposort()
+        assert {node.domain for node in self.graph.nodes} == {DOMAIN}, [node.op for node in self.graph.nodes]
+        return list(self.graph.nodes)
+
+
+def names(tensors: list[gs.Tensor]) -> list[str]:
+    return [tensor.name for tensor in tensors]
+
+
+@pytest.mark.parametrize("follower", ["Relu", "Sigmoid", "Relu and output", "nothing"])
+def test_deform_conv_takes_the_relu_that_alone_follows_it(follower: str) -> None:
+    sketch = Sketch()
+    x, offset = sketch.input("x", ["n", 4, 8, 8]), sketch.input("offset", ["n", 18, 8, 8])
+    weight = gs.Constant("model.branch.align.weight", np.zeros((6, 4, 3, 3), np.float32))
+    y = sketch.node("DeformConv", [x, weight, offset], "y", ["n", 6, 8, 8], pads=[1, 1, 1, 1], dilations=[1, 1])
+    last = y if follower == "nothing" else sketch.node(follower.split()[0], [y], "last", ["n", 6, 8, 8])
+    graph = sketch.finish(last, y) if follower == "Relu and output" else sketch.finish(last)
+    assert lower_deform_conv(graph, FACTS) == 1
+    graph.cleanup().toposort()
+    (operator,) = [placed.operator for placed in place_operators(graph)]
+    assert operator.values == {"strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1), "offset_group": 1, "relu": follower == "Relu"}
+    node = next(node for node in graph.nodes if node.domain == DOMAIN)
+    assert (node.op, node.name, names(node.inputs[:3])) == ("DynaMaskDeformConv", "branch/align", ["x", weight.name, "offset"])
+    np.testing.assert_array_equal(node.inputs[3].values, np.zeros(6, np.float32))
+    assert [n.op for n in graph.nodes if n.domain != DOMAIN] == [] if follower in ("Relu", "nothing") else [follower.split()[0]]
+
+
+def test_modulated_deform_conv_keeps_its_bias_and_mask() -> None:
+    sketch = Sketch()
+    x, offset, mask = sketch.input("x", [2, 4, 8, 8]), sketch.input("offset", [2, 36, 8, 8]), sketch.input("mask", [2, 18, 8, 8])
+    weight, bias = np.zeros((4, 4, 3, 3), np.float32), np.ones(4, np.float32)
+    y = sketch.node("DeformConv", [x, weight, offset, bias, mask], "y", [2, 4, 8, 8], pads=[1] * 4, offset_group=2)
+    lower_deform_conv(sketch.finish(y), FACTS)
+    (node,) = sketch.ours()
+    assert names(node.inputs[2:]) == ["offset", "y/3", "mask"] and node.attrs["offset_group"] == 2
+    assert len(list(place_operators(sketch.graph))) == 1
+
+
+def test_deform_conv_in_groups_is_refused() -> None:
+    sketch = Sketch()
+    x, offset = sketch.input("x", [1, 4, 8, 8]), sketch.input("offset", [1, 18, 8, 8])
+    y = sketch.node("DeformConv", [x, np.zeros((4, 2, 3, 3), np.float32), offset], "y", [1, 4, 8, 8], pads=[1] * 4, group=2)
+    with pytest.raises(InputError, match="y has 2 groups"):
+        lower_deform_conv(sketch.finish(y), FACTS)
+
+
+def crop(sketch: Sketch, feature: gs.Variable, boxes: gs.Variable, name: str, size: int, stride: int) -> Any:
+    """RoIAlign as the exporter writes it: a column of batch indices before the boxes, cut off again."""
+    n = boxes.shape[0]
+    index = sketch.node("Slice", [boxes, [0], [1], [1]], f"{name}/column", [n, 1])
+    rois = sketch.node("Concat", [index, boxes], f"{name}/rois", [n, 5], axis=1)
+    batch = sketch.node("Slice", [rois, [0], [1], [1]], f"{name}/batch", [n, 1])
+    batch = sketch.node("Cast", [sketch.node("Squeeze", [batch, [1]], f"{name}/row", [n])], f"{name}/index", [n], np.int64, to=7)
+    cut = sketch.node("Slice", [rois, [1], [5], [1]], f"{name}/boxes", [n, 4])
+    attributes = {"output_height": size, "output_width": size, "sampling_ratio": 2, "spatial_scale": 1 / stride}
+    attributes |= {"mode": "avg", "coordinate_transformation_mode": "output_half_pixel"}
+    return sketch.node("RoiAlign", [feature, cut, batch], name, [n, feature.shape[1], size, size], **attributes)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_roi_align_takes_the_boxes_themselves_and_maps_of_either_type(half: bool) -> None:
+    """In fp16 the casts around it are gone, and what wants fp32 behind it gets a cast of its own."""
+    sketch = Sketch()
+    kind = np.float16 if half else np.float32
+    feature, boxes = sketch.input("feature", [1, 16, 8, 8], kind), sketch.input("boxes", ["n", 4])
+    region = crop(sketch, sketch.cast(feature, np.float32, "wide") if half else feature, boxes, "crop", 14, 8)
+    narrow = sketch.cast(region, np.float16, "narrow") if half else region
+    graph = sketch.finish(sketch.node("Relu", [narrow], "a", region.shape, kind), sketch.node("Relu", [region], "b", region.shape))
+    assert lower_roi_align(graph, FACTS) == 1
+    graph.cleanup().toposort()
+    (placed,) = place_operators(graph)
+    drop_identities(graph)
+    graph.cleanup().toposort()
+    assert placed.operator.values == {"strides": (8,), "size": 14, "samples": 2, "aligned": 0, "canonical_size": 0.0}
+    assert [(spec.shape, spec.dtype) for spec in placed.inputs] == [((1, 16, 8, 8), np.dtype(kind).name), ((None, 4), "float32")]
+    ops = sorted(node.op for node in graph.nodes)
+    assert ops == ["Cast", "DynaMaskRoiAlign", "Relu", "Relu"] if half else ops == ["DynaMaskRoiAlign", "Relu", "Relu"]
+    assert {node.name: node.inputs[0].dtype for node in graph.nodes if node.op == "Relu"} == {"a": np.dtype(kind), "b": np.float32}
+    onnx.checker.check_model(gs.export_onnx(graph), full_check=False)
+
+
+def test_roi_align_from_several_images_is_refused() -> None:
+    sketch = Sketch()
+    region = crop(sketch, sketch.input("feature", [2, 16, 8, 8]), sketch.input("boxes", ["n", 4]), "crop", 14, 8)
+    with pytest.raises(InputError, match=r"crop crops from \[2, 16, 8, 8\]"):
+        lower_roi_align(sketch.finish(region), FACTS)
+
+
+def test_the_pyramids_crops_become_one_launch() -> None:
+    sketch = Sketch()
+    maps = [sketch.input(name, [1, 16, 32 >> i, 32 >> i]) for i, name in enumerate(PYRAMID)]
+    regions = []
+    for boxes, region, size in (("proposals", "box_region", 7), ("mask_boxes", "region", 14)):
+        rois = sketch.input(boxes, [6, 4] if region == "box_region" else ["n", 4])
+        # The order of the levels in the graph is not that of the maps.
+        crops = [crop(sketch, maps[i], rois, f"{region}{i}", size, 4 << i) for i in (2, 0, 3, 1)]
+        regions.append(sketch.node("Concat", crops, region, [rois.shape[0], 16, size, size], axis=0))
+    assert lower_pyramid_roi_align(sketch.finish(*regions), FACTS) == 2
+    first, second = sketch.ours()
+    common = {"strides": [4, 8, 16, 32], "samples": 2, "aligned": 0, "canonical_size": 112.0}
+    assert (first.attrs, names(first.inputs)) == ({**common, "size": 7}, [*PYRAMID, "proposals"])
+    assert (second.attrs, names(second.inputs)) == ({**common, "size": 14}, [*PYRAMID, "mask_boxes"])
+    assert [len(placed.inputs) for placed in place_operators(sketch.graph)] == [5, 5]
+
+
+def test_a_pyramid_level_that_is_not_cropped_is_missed() -> None:
+    sketch = Sketch()
+    maps = [sketch.input(name, [1, 16, 32 >> i, 32 >> i]) for i, name in enumerate(PYRAMID)]
+    crops = [crop(sketch, maps[i], boxes, f"{i}", 7, 4 << i) for boxes in [sketch.input("proposals", [6, 4])] for i in (0, 1, 2)]
+    sketch.input("mask_boxes", ["n", 4])
+    with pytest.raises(InputError, match="box_region is not cropped from each"):
+        lower_pyramid_roi_align(sketch.finish(sketch.node("Concat", crops, "box_region", [6, 16, 7, 7], axis=0)), FACTS)
+
+
+def between(sketch: Sketch, inputs: list[gs.Tensor], outputs: Mapping[str, tuple[list[int | str], npt.DTypeLike]]) -> list[gs.Variable]:
+    """Outputs that depend on all inputs, by two steps each."""
+    tensors = []
+    for name, (shape, dtype) in outputs.items():
+        mixed = sketch.node("NonMaxSuppression", inputs, f"{name}/mixed", ["m", 3], np.int64)
+        tensors.append(sketch.node("NonZero", [mixed], name, shape, dtype))
+    return tensors
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_proposals(half: bool) -> None:
+    sketch = Sketch()
+    kind = np.float16 if half else np.float32
+    maps = [
+        sketch.input(name, [1, channels, 64 >> 2 + i, max(96 >> 2 + i, 2)], kind)
+        for group, channels in ((RPN_LOGITS, 1), (RPN_DELTAS, 4))
+        for i, name in enumerate(group)
+    ]
+    wide = [sketch.cast(tensor, np.float32, f"{tensor.name}_fp32") for tensor in maps] if half else maps
+    outputs = {"proposals": ([6, 4], np.float32), "proposal_count": ([1], np.int32)}
+    assert lower_proposals(sketch.finish(*between(sketch, wide, outputs)), FACTS) == 1
+    (node,) = sketch.ours()
+    assert names(node.inputs[:10]) == [*RPN_LOGITS, *RPN_DELTAS] and names(node.outputs) == list(outputs)
+    np.testing.assert_array_equal(node.inputs[10].values, np.array(FACTS.anchors, np.float32))
+    strides = [4, 8, 16, 32, 64]
+    assert node.attrs == {"canvas": [64, 96], "strides": strides, "per_level": 7, "proposals": 6, "nms_threshold": 0.7}
+    assert len(list(place_operators(sketch.graph))) == 1
+
+
+def test_detections() -> None:
+    sketch = Sketch()
+    shapes = {"class_logits": [6, 4], "box_deltas": [6, 16], "proposals": [6, 4], "proposal_count": [1], "min_score": []}
+    inputs = [sketch.input(name, shape, np.int32 if name == "proposal_count" else np.float32) for name, shape in shapes.items()]
+    outputs = dict(zip((*DETECTIONS, "slots"), [([5, 4], np.float32), ([5], np.float32), ([5], np.int64), (["n"], np.int64)], strict=True))
+    assert lower_detections(sketch.finish(*between(sketch, inputs, outputs)), FACTS) == 1
+    (node,) = sketch.ours()
+    assert names(node.inputs) == list(shapes) and names(node.outputs) == [*outputs, "detections/n"]
+    assert node.attrs == {"canvas": [64, 96], "detections": 5, "score_threshold": 0.25, "nms_threshold": 0.5}
+    assert len(list(place_operators(sketch.graph))) == 1
+
+
+def test_routing() -> None:
+    sketch = Sketch()
+    shapes = {"msm_logits": ["n", 4], "mask_boxes": ["n", 4], "mask_overrides": ["n"], "slots": ["n"], "budget": []}
+    inputs = [sketch.input(name, shape, np.int64 if len(shape) == 1 else np.float32) for name, shape in shapes.items()]
+    outputs = {"grids": ([5], np.int64), **{name: ([name], np.int64) for name in (*ONWARD, *HERE, *SLOTS)}}
+    assert lower_routing(sketch.finish(*between(sketch, inputs, outputs)), FACTS) == 1
+    (node,) = sketch.ours()
+    sizes = [f"msm_route/{size}" for size in ("n1", "n2", "n3", "m0", "m1", "m2", "m3")]
+    assert names(node.inputs) == list(shapes) and names(node.outputs) == [*outputs, *sizes]
+    assert node.attrs == {"canvas": [64, 96], "detections": 5, "costs": [0.1, 0.2, 0.3, 0.4]}
+    assert all(tensor.dtype == np.int64 and tensor.shape == [] for tensor in node.outputs[-7:])
+    assert len(list(place_operators(sketch.graph))) == 1
+
+
+def test_replacing_removes_what_only_fed_the_outputs() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", [4])
+    shared = sketch.node("Abs", [x], "shared", [4])
+    y = sketch.node("Neg", [sketch.node("Exp", [shared], "inner", [4])], "y", [4])
+    graph = sketch.finish(sketch.node("Relu", [y], "z", [4]), shared)
+    replace_between(graph, [x], [y], gs.Node("Ours", "ours", inputs=[x], domain=DOMAIN), sizes=["n"])
+    graph.cleanup().toposort()
+    assert [node.op for node in graph.nodes if node.op != "Abs"] == ["Ours", "Relu"] and len(graph.nodes) == 3
+    assert names(y.inputs[0].outputs) == ["y", "ours/n"]
+
+
+def test_a_region_that_needs_more_than_its_inputs_is_refused() -> None:
+    sketch = Sketch()
+    x, other = sketch.input("x", [4]), sketch.input("other", [4])
+    y = sketch.node("Add", [x, sketch.node("Exp", [other], "inner", [4])], "y", [4])
+    with pytest.raises(InputError, match="y depends on other, and not on x alone"):
+        replace_between(sketch.finish(y), [x], [y], gs.Node("Ours", "ours", inputs=[x], domain=DOMAIN))
+
+
+def test_a_missing_seam_is_named() -> None:
+    with pytest.raises(InputError, match=r"model\.onnx has no tensor rpn_logits_0.*export the bundle again"):
+        lower_proposals(Sketch().finish(), FACTS)
+
+
+def test_an_operator_that_does_not_fit_names_its_node() -> None:
+    sketch = Sketch()
+    region = crop(sketch, sketch.input("feature", [1, 16, 8, 8]), sketch.input("boxes", ["n", 4], np.float16), "crop", 14, 8)
+    lower_roi_align(sketch.finish(region), FACTS)
+    sketch.graph.cleanup().toposort()
+    with pytest.raises(InputError, match="crop_14"):
+        list(place_operators(sketch.graph))
+
+
+def test_only_what_changes_nothing_is_dropped() -> None:
+    sketch = Sketch()
+    row, table = sketch.input("row", ["n"], np.int64), sketch.input("table", [3, 4])
+    flat = sketch.node("Reshape", [row, np.array([-1])], "flat", ["n"], np.int64)
+    picked = sketch.node("Gather", [sketch.cast(table, np.float32, "same"), flat], "picked", ["n", 4], axis=0)
+    other = sketch.node("Reshape", [sketch.cast(picked, np.float16, "half"), np.array([-1])], "other", ["m"], np.float16)
+    graph = sketch.finish(other, sketch.node("Reshape", [row, np.array([-1])], "output", ["n"], np.int64))
+    assert drop_identities(graph) == 2
+    graph.cleanup().toposort()
+    assert sorted(node.name for node in graph.nodes) == ["half", "other", "output", "picked"]
+    assert names(picked.inputs[0].inputs) == ["table", "row"]
+
+
+@pytest.mark.parametrize(("op", "domain", "says"), [("NonZero", "", "NonZero"), ("Gelu", "com.microsoft", "com.microsoft::Gelu")])
+def test_what_tensorrt_has_not_is_refused(op: str, domain: str, says: str) -> None:
+    sketch = Sketch()
+    y = sketch.node(op, [sketch.input("x", [4])], "culprit", [4])
+    y.inputs[0].domain = domain
+    with pytest.raises(InputError, match=f"{says}, which node culprit is"):
+        check_supported(sketch.finish(y))
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    """TensorRT for RTX, with this project's plugins."""
+    pytest.importorskip("tensorrt_rtx")
+    from trt_plugins.plugin import register
+    from trt_plugins.tensorrt import load
+
+    module = load("tensorrt-rtx")
+    register(module)
+    return module
+
+
+def test_what_is_refused_is_what_the_parser_refuses(trt: Any) -> None:
+    """And the three that it takes and cannot build."""
+    parser = trt.OnnxParser(trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0), trt.Logger(trt.Logger.ERROR))
+    standard = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
+    refused = {name for name in standard if not parser.supports_operator(name)}
+    assert standard & UNSUPPORTED == refused | {"NonMaxSuppression", "NonZero", "RoiAlign"}
+
+
+def reference(name: str, inputs: list[torch.Tensor], values: dict[str, Any]) -> list[torch.Tensor]:
+    """An operator's outputs by its PyTorch reference."""
+    if name == "DeformConv":
+        from trt_plugins.deform_conv.reference import deform_conv
+
+        return [deform_conv(*inputs, **{key: value for key, value in values.items() if key != "offset_group"})]
+    if name == "RoiAlign":
+        from trt_plugins.roi_align.reference import roi_align
+
+        return [roi_align(inputs[:-1], inputs[-1], **values)]
+    if name == "Proposals":
+        from trt_plugins.proposals.reference import propose
+
+        return [*propose(inputs[:5], inputs[5:10], inputs[10], **{key: value for key, value in values.items() if key != "strides"})]
+    if name == "Detections":
+        from trt_plugins.detections.reference import detect
+
+        return [*detect(*inputs, **values)]
+    from trt_plugins.msm_route.reference import msm_route
+
+    *tensors, budget = inputs
+    return msm_route(*tensors, float(budget), **values)
+
+
+def open_session(model: onnx.ModelProto) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class Interpreter:
+    """Runs a lowered graph without TensorRT: standard nodes in ONNX Runtime, a stretch at a time, the others by their references."""
+
+    def __init__(self, lowered: Lowered) -> None:
+        self.model = lowered.model
+        graph = lowered.model.graph
+        self.operators = {placed.operator.node: placed.operator for placed in lowered.operators}
+        self.constants: Arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        self.types = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
+        self.stretches = [self._stretch(nodes) for nodes in self._split(list(graph.node))]
+
+    def _split(self, nodes: list[onnx.NodeProto]) -> Iterator[list[onnx.NodeProto]]:
+        pending: list[onnx.NodeProto] = []
+        for node in nodes:
+            if node.domain == DOMAIN:
+                yield pending
+                yield [node]
+                pending = []
+            else:
+                pending.append(node)
+        yield pending
+
+    def _stretch(self, nodes: list[onnx.NodeProto]) -> Callable[[Arrays], Arrays]:
+        if not nodes:
+            return lambda values: {}
+        if nodes[0].domain == DOMAIN:
+            return lambda values: self._run_operator(nodes[0], values)
+        made = [name for node in nodes for name in node.output]
+        taken = [name for name in dict.fromkeys(name for node in nodes for name in node.input) if name and name not in made]
+        initializers = [onnx.numpy_helper.from_array(self.constants[name], name) for name in taken if name in self.constants]
+        inputs = [self.types[name] for name in taken if name not in self.constants]
+        graph = helper.make_graph(nodes, "stretch", inputs, [self.types[name] for name in made], initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        session = open_session(model)
+        return lambda values: dict(zip(made, session.run(made, {value.name: values[value.name] for value in inputs}), strict=True))
+
+    def _run_operator(self, node: onnx.NodeProto, values: Arrays) -> Arrays:
+        operator = self.operators[node.name]
+        inputs = [torch.from_numpy(np.array(values[name])) for name in node.input]
+        outputs = reference(operator.name, inputs, operator.values)
+        found = {name: tensor.numpy() for name, tensor in zip(node.output, outputs, strict=True)}
+        for name, array in found.items():
+            assert array.dtype == helper.tensor_dtype_to_np_dtype(self.types[name].type.tensor_type.elem_type), name
+        return found
+
+    def run(self, feeds: Arrays) -> Arrays:
+        values = {**self.constants, **feeds}
+        for stretch in self.stretches:
+            values |= stretch(values)
+        return {value.name: values[value.name] for value in self.model.graph.output}
+
+
+def feeds(budget: float = 0.0, override: npt.ArrayLike = -1, min_score: float = 0.0) -> Arrays:
+    image = np.random.default_rng(5).standard_normal((1, 3, 128, 160), np.float32)
+    overrides = np.broadcast_to(np.asarray(override, np.int64), 20).copy()
+    return {"image": image, "min_score": np.array(min_score, "f"), "budget": np.array(budget, "f"), "grid_override": overrides}
+
+
+CASES = {
+    "the MSM decides": feeds(),
+    "on a budget": feeds(budget=0.03),
+    "by size, some given, few": feeds(override=np.arange(20) % 6 - 1, min_score=0.9),
+    "none": feeds(min_score=0.9999),
+}
+
+
+@pytest.fixture(scope="module")
+def lowered(portable: onnx.ModelProto) -> Lowered:
+    return lower(portable)
+
+
+@pytest.fixture(scope="module")
+def half(portable: onnx.ModelProto) -> onnx.ModelProto:
+    return to_fp16(portable)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_lowered_graph_computes_what_the_portable_one_does(portable: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
+    model = portable if precision == "fp32" else half
+    interpreter = Interpreter(lower(model))
+    session = open_session(model)
+    outputs = [value.name for value in session.get_outputs()]
+    counts = {}
+    for name, values in CASES.items():
+        wanted, found = dict(zip(outputs, session.run(None, values), strict=True)), interpreter.run(values)
+        counts[name] = [len(wanted[slots]) for slots in SLOTS]
+        assert list(found) == outputs
+        # Half precision: logits of the two differ in the last bits of fp16, as ONNX Runtime computes some operators in fp32.
+        tolerance = {"atol": 1e-3, "rtol": 1e-3} if precision == "fp32" else {"atol": 0.1, "rtol": 0.02}
+        for output in outputs:
+            np.testing.assert_allclose(found[output], wanted[output], **tolerance, err_msg=f"{name}: {output}")
+    assert min(counts["the MSM decides"]) > 0 and 0 < sum(counts["by size, some given, few"]) < 20 and sum(counts["none"]) == 0
+
+
+def test_lowering_leaves_the_portable_graph_as_it_is(portable: onnx.ModelProto) -> None:
+    before = portable.SerializeToString(deterministic=True)
+    lowered = lower(portable)
+    assert portable.SerializeToString(deterministic=True) == before
+    for field in ("input", "output"):
+        assert list(getattr(lowered.model.graph, field)) == list(getattr(portable.graph, field))
+    assert list(lowered.model.metadata_props) == list(portable.metadata_props)
+
+
+def test_every_kind_of_operator_is_placed(lowered: Lowered) -> None:
+    placed = [placed.operator.name for placed in lowered.operators]
+    assert {name: placed.count(name) for name in OPERATORS} == {
+        "DeformConv": 6,
+        "RoiAlign": 5,
+        "Proposals": 1,
+        "Detections": 1,
+        "MsmRoute": 1,
+    }
+    nodes = [node for node in lowered.model.graph.node if node.domain == DOMAIN]
+    assert [node.op_type for node in nodes] == [f"DynaMask{name}" for name in placed]
+    assert {"box_region", "region", "crop_112", "mask_branch/rfpn/stages/2/align"} <= {node.name for node in nodes}
+    relus = [placed.operator.values["relu"] for placed in lowered.operators if placed.operator.name == "DeformConv"]
+    assert sorted(relus) == [0, 0, 0, 1, 1, 1]
+    assert [rewrite.count for rewrite in lowered.rewrites if rewrite.name != "identities"] == [1, 1, 1, 2, 3, 6]
+
+
+def test_half_precision_goes_straight_into_the_operators(half: onnx.ModelProto) -> None:
+    """The casts that are left are those of the graph's own inputs and outputs, and decisions stay in fp32."""
+    lowered = lower(half)
+    casts = [node for node in lowered.model.graph.node if node.op_type == "Cast"]
+    assert sorted(name for node in casts for name in node.output) == ["image_fp16", "masks_112", "masks_14", "masks_28", "masks_56"]
+    for placed in lowered.operators:
+        kinds = [spec.dtype for spec in placed.inputs]
+        features = {"DeformConv": 4, "RoiAlign": len(kinds) - 1, "Proposals": 10, "Detections": 2, "MsmRoute": 1}[placed.operator.name]
+        assert set(kinds[:features]) == {"float16"} and "float16" not in kinds[features:], placed.operator.node
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_for_rtx_builds_it(trt: Any, portable: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
+    from trt_plugins.plugin import register
+
+    model = lower(portable if precision == "fp32" else half).model
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    with register(trt).raising():
+        assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        engine = builder.build_serialized_network(network, builder.create_builder_config())
+    assert engine is not None and engine.nbytes > 100_000
+    types = {TensorProto.FLOAT: trt.float32, TensorProto.INT64: trt.int64}
+    outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
+    for value in portable.graph.output:
+        shape = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
+        found = outputs[value.name]
+        assert (list(found.shape), found.dtype) == (shape, types[value.type.tensor_type.elem_type]), value.name

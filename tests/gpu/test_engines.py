@@ -1,0 +1,194 @@
+"""Engines of the carried checkpoint on a GPU, against ONNX Runtime on the CPU.
+
+`make test-gpu` runs this. For races and stray accesses, the same under NVIDIA's tool, slowly:
+
+    TRITON_INTERPRET=0 compute-sanitizer --tool memcheck python -m pytest -m gpu tests/gpu -k once
+    TRITON_INTERPRET=0 compute-sanitizer --tool racecheck python -m pytest -m gpu tests/gpu -k once
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from cli.demo import carried_checkpoint
+from dynamask.data.shapes import draw_image
+from export.engine import build_engine
+from export.export import export_bundle
+from runtime.bundle import Bundle
+from runtime.cuda import open_driver
+from runtime.errors import InputError
+from runtime.preprocess import letterbox_normalise
+from runtime.targets.base import Engine, EngineOutput, check_target, open_engine
+from runtime.targets.tensorrt import TensorRTEngine
+
+pytestmark = pytest.mark.gpu
+
+COUNT = 100
+SLACK = 32 << 20
+"""Bytes: the GPU has other users."""
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "routed": {},
+    "budget": {"budget": 0.15},
+    "14": {"grid_override": 0},
+    "28": {"grid_override": 1},
+    "56": {"grid_override": 2},
+    "112": {"grid_override": 3},
+    "by size": {"grid_override": 4},
+    "mixed": {"grid_override": np.arange(COUNT) % 4},
+    "few": {"min_score": 0.8},
+    "none": {"min_score": 1.0},
+}
+
+
+class Tolerance(NamedTuple):
+    """How far an engine may be from ONNX Runtime in fp32, in its worst instance."""
+
+    pixels: float
+    score: float
+    probability: float
+    unmatched: float
+    """Share of the instances: near-equal scores and boxes at a threshold fall to either side."""
+
+
+TOLERANCES = {"fp32": Tolerance(0.1, 1e-3, 5e-3, 0.01), "fp16": Tolerance(2.0, 0.03, 0.3, 0.05)}
+
+
+@pytest.fixture(scope="module", params=["tensorrt-rtx", "tensorrt"])
+def target(request: pytest.FixtureRequest) -> str:
+    try:
+        check_target(request.param)
+    except InputError as missing:
+        pytest.skip(str(missing))
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    drawn = [draw_image(np.random.default_rng([77_100, index]), 320, 320)[0] for index in range(4)]
+    return [letterbox_normalise(image, 320, 320, (0.5,) * 3, (0.5,) * 3)[0] for image in drawn]
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu") / "bundle"
+    export_bundle(carried_checkpoint(), path)
+    build_engine(path, "onnxruntime")
+    return path
+
+
+@pytest.fixture(scope="module", params=list(TOLERANCES))
+def precision(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(portable: Path, target: str, precision: str) -> Bundle:
+    build_engine(portable, target, precision)
+    return Bundle.open(portable)
+
+
+@pytest.fixture
+def engine(bundle: Bundle, target: str) -> Any:
+    with open_engine(bundle, target) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def peer(portable: Path) -> Any:
+    with open_engine(Bundle.open(portable), "onnxruntime") as peer:
+        yield peer
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_agrees_with_onnxruntime(engine: Engine, peer: Engine, images: list[np.ndarray], precision: str, name: str) -> None:
+    tolerance, found, unmatched = TOLERANCES[precision], 0, 0
+    for image in images:
+        ours, theirs = engine.run(image, **OVERRIDES[name]), peer.run(image, **OVERRIDES[name])
+        assert np.all(np.diff(ours.scores) <= 0)
+        found += int((theirs.scores > 0).sum())
+        unmatched += compare(ours, theirs, tolerance)
+    assert (found == 0) == (name == "none")
+    assert unmatched <= tolerance.unmatched * found
+
+
+def compare(ours: EngineOutput, theirs: EngineOutput, tolerance: Tolerance) -> int:
+    """Check the instances that both have; returns how many of theirs ours lacks, or has on another grid."""
+    our_masks, their_masks = masks_of(ours), masks_of(theirs)
+    unmatched = 0
+    for slot in np.nonzero(theirs.scores > 0)[0]:
+        distance = np.abs(ours.boxes - theirs.boxes[slot]).max(axis=1)
+        near = (ours.labels == theirs.labels[slot]) & (np.abs(ours.scores - theirs.scores[slot]) <= tolerance.score)
+        match = int(np.where(near, distance, np.inf).argmin())
+        if not near.any() or distance[match] > tolerance.pixels or ours.grids[match] != theirs.grids[slot]:
+            unmatched += 1
+            continue
+        difference = np.abs(sigmoid(our_masks[match]) - sigmoid(their_masks[slot]))
+        assert difference.max() <= tolerance.probability and difference.mean() <= tolerance.probability / 5
+    return unmatched
+
+
+def masks_of(output: EngineOutput) -> dict[int, np.ndarray]:
+    """Slot -> mask logits; every filled slot must have one, on the grid that `grids` says."""
+    masks = {int(slot): mask for slots, logits in output.masks.values() for slot, mask in zip(slots, logits, strict=True)}
+    assert sorted(masks) == np.nonzero(output.scores > 0)[0].tolist()
+    assert all(mask.shape[0] == (14, 28, 56, 112)[output.grids[slot]] for slot, mask in masks.items())
+    return masks
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(x, -50, 50)))
+
+
+def test_once(engine: Engine, images: list[np.ndarray]) -> None:
+    """One run on mixed grids: what the sanitizers look at."""
+    times = engine.run(images[0], grid_override=np.arange(COUNT) % 4).times_ms
+    assert times["detector"] > 0 and times["masks"] > 0
+
+
+def test_the_same_image_gives_the_same_bits(engine: Engine, images: list[np.ndarray]) -> None:
+    """Whatever ran in between: a race, or memory that is read before it is written, would show."""
+    first = engine.run(images[0])
+    for round_ in range(20):
+        engine.run(images[1 + round_ % 3], grid_override=round_ % 5)
+        again = engine.run(images[0])
+        for name in ("boxes", "scores", "labels", "grids"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
+        for grid, (slots, logits) in first.masks.items():
+            np.testing.assert_array_equal(again.masks[grid][0], slots)
+            np.testing.assert_array_equal(again.masks[grid][1], logits)
+
+
+def test_memory_stays_and_is_given_back(bundle: Bundle, target: str, images: list[np.ndarray]) -> None:
+    driver = open_driver()
+
+    def free() -> int:
+        with driver.current():
+            return driver.memory().free
+
+    with TensorRTEngine(bundle, target) as engine:
+        for override in range(5):
+            engine.run(images[0], grid_override=override)
+        settled = free()
+        for _ in range(50):
+            engine.run(images[0], grid_override=3)
+        assert free() >= settled - SLACK
+        assert engine.memory_bytes > 0
+    rounds = []
+    for _ in range(3):
+        with TensorRTEngine(bundle, target) as engine:
+            engine.run(images[0])
+        rounds.append(free())
+    assert rounds[2] >= rounds[0] - SLACK
+
+
+def test_two_engines_run_side_by_side(bundle: Bundle, target: str, images: list[np.ndarray]) -> None:
+    """Each launches its own kernels, though TensorRT has one registry of plugins."""
+    with open_engine(bundle, target) as first, open_engine(bundle, target) as second:
+        alone = first.run(images[0])
+        np.testing.assert_array_equal(second.run(images[0]).boxes, alone.boxes)
+        second.close()
+        np.testing.assert_array_equal(first.run(images[0]).boxes, alone.boxes)

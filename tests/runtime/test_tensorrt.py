@@ -1,0 +1,456 @@
+"""The engine runner around TensorRT, with stand-ins for TensorRT and the driver that work on the CPU; what a machine without a GPU says."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import struct
+import types
+
+import numpy as np
+import pytest
+
+from runtime.bundle import Bundle
+from runtime.cuda import Memory
+from runtime.errors import DynaMaskError, InputError
+from runtime.instances import GRIDS
+from runtime.targets import base, tensorrt
+from runtime.targets.base import TARGETS, open_engine
+from runtime.targets.tensorrt import ENGINE, INPUTS, OUTPUTS, KernelLauncher, RuntimeCache, Tensor, TensorRTEngine
+from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
+from trt_plugins.kernels import CompiledKernel, KernelLibrary
+from trt_plugins.operator import Buffer, KernelSpec, Launch
+
+PLAN = b"an engine for this GPU"
+SIDE, SLOTS = 64, 6
+FILL = KernelSpec(DETECTIONS_KERNELS, "fill_slots", (("x", "*fp16"), ("n", "i32"), ("least", "fp32"), ("offset", "i64")), (("BLOCK", 64),))
+ROUTE = KernelSpec("trt_plugins.msm_route.kernel", "route", (("x", "*i64"),))
+
+
+def compiled(spec, compute_capability="8.6", **changes):
+    fields = {"entry": spec.function, "num_warps": spec.num_warps, "shared": 512, "global_scratch": 0, "profile_scratch": 0}
+    fields |= {"registers": 32, "spills": 0, "cubin": b"cubin"} | changes
+    return CompiledKernel(key=spec.key, compute_capability=compute_capability, signature=spec.signature, **fields)
+
+
+class FakeDriver:
+    """The driver's interface on memory of the host; what is enqueued is done at once, and every event is 3 ms after the one before."""
+
+    device, compute_capability = "Fake GPU", "8.6"
+
+    def __init__(self, free=1 << 30):
+        self.blocks, self.streams, self.launches, self.loaded = {}, set(), [], []
+        self.bytes_free, self.inside, self.now = free, 0, 0.0
+
+    @contextlib.contextmanager
+    def current(self):
+        self.inside += 1
+        yield
+        self.inside -= 1
+
+    def memory(self):
+        assert self.inside
+        return Memory(self.bytes_free, 1 << 40)
+
+    def allocate(self, size):
+        if size > self.bytes_free:
+            raise DynaMaskError("cuMemAlloc failed: out of memory.")
+        block = ctypes.create_string_buffer(size)
+        self.blocks[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def free(self, address):
+        del self.blocks[address]
+
+    def allocate_pinned(self, size):
+        memory = np.zeros(size, np.uint8)
+        self.blocks[memory.ctypes.data] = memory
+        return memory
+
+    def free_pinned(self, memory):
+        del self.blocks[memory.ctypes.data]
+
+    def to_device(self, address, source, stream):
+        assert stream in self.streams
+        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+
+    def to_host(self, destination, address, stream):
+        assert stream in self.streams
+        ctypes.memmove(destination.ctypes.data, address, destination.nbytes)
+
+    def create_stream(self):
+        self.streams.add(77)
+        return 77
+
+    def destroy_stream(self, stream):
+        self.streams.remove(stream)
+
+    def synchronize(self, stream):
+        assert stream in self.streams
+
+    def create_event(self):
+        return types.SimpleNamespace(time=None)
+
+    def record(self, event, stream):
+        self.now += 3
+        event.time = self.now
+
+    def elapsed_ms(self, start, end):
+        return end.time - start.time
+
+    def load_kernel(self, cubin, entry, arguments, threads, shared):
+        self.loaded.append((cubin, entry, arguments, threads, shared))
+        return entry, arguments
+
+    def launch(self, kernel, grid, stream, arguments):
+        entry, letters = kernel
+        self.launches.append((entry, grid, stream, struct.unpack(letters, struct.pack(letters, *arguments))))
+
+
+class FakeContext:
+    """Finds `found` instances, whatever the image; the grid of each is its override's, or its slot modulo 4.
+
+    Scores are the image's mean over the slot plus 1, and fall short at `min_score`; mask logits are slot + budget.
+    """
+
+    def __init__(self, engine):
+        self.engine, self.found = engine, SLOTS
+        self.addresses, self.allocators = {}, {}
+
+    def get_tensor_shape(self, name):
+        kind, _, grid = name.partition("_")
+        if kind == "masks":
+            return (-1, int(grid), int(grid))
+        fixed = {"image": (1, 3, SIDE, SIDE), "min_score": (), "budget": (), "boxes": (SLOTS, 4), "slots": (-1,)}
+        return fixed.get(name if name in INPUTS else kind, (SLOTS,))
+
+    def get_max_output_size(self, name):
+        shape = [SLOTS if size == -1 else size for size in self.get_tensor_shape(name)]
+        return int(np.prod(shape)) * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+
+    def set_output_allocator(self, name, allocator):
+        self.allocators[name] = allocator
+
+    def array(self, name, shape):
+        dtype = np.dtype(self.engine.get_tensor_dtype(name))
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(self.addresses[name]), dtype).reshape(shape)
+
+    def execute_async_v3(self, stream):
+        if self.engine.trt.broken:
+            self.engine.logger.log(self.engine.trt.ILogger.ERROR, "Error Code 1: launch failed.")
+            return False
+        image, least, budget, override = (self.array(name, self.get_tensor_shape(name)) for name in INPUTS)
+        scores = image.mean() / np.arange(1, SLOTS + 1)
+        scores = np.where((scores > least) & (np.arange(SLOTS) < self.found), scores, 0)
+        self.engine.launcher(Launch(FILL, (1, 1, 1), (Buffer("input", 0), 1, 0.5, 2)), [4096], [], 0, stream)
+        self.engine.launcher(Launch(ROUTE, (1, 1, 1), (Buffer("workspace", offset=256),)), [], [], 8192, stream)
+        filled = scores > 0
+        grids = np.where(filled, np.where(override >= 0, override, np.arange(SLOTS) % 4), -1)
+        results = {"boxes": np.arange(SLOTS * 4).reshape(-1, 4), "scores": scores, "labels": np.where(filled, 1, -1), "grids": grids}
+        for k, grid in enumerate(GRIDS):
+            slots = np.nonzero(grids == k)[0]
+            results |= {f"slots_{grid}": slots, f"masks_{grid}": np.broadcast_to((slots + budget)[:, None, None], (len(slots), grid, grid))}
+        for name, result in results.items():
+            if name in self.allocators:
+                size = result.size * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
+                self.addresses[name] = self.allocators[name].reallocate_output_async(name, 0, size, 256, stream)
+                assert self.addresses[name]
+                self.allocators[name].notify_shape(name, result.shape)
+            self.array(name, result.shape)[:] = result
+        return True
+
+
+class FakeEngine:
+    device_memory_size_v2 = 1000
+
+    def __init__(self, trt, logger, names):
+        self.trt, self.logger, self.names = trt, logger, names
+        self.num_io_tensors, self.launcher = len(names), trt.launcher
+
+    def get_tensor_name(self, index):
+        return self.names[index]
+
+    def get_tensor_dtype(self, name):
+        return "int64" if name in ("labels", "grids", "grid_override") or name.startswith("slots") else "float32"
+
+    def create_runtime_config(self):
+        return self.trt.config
+
+    def create_execution_context(self, config=None):
+        assert config is (self.trt.config if self.trt.__name__ == "tensorrt_rtx" else None)
+        self.context = FakeContext(self)
+        self.trt.context = self.context
+        return self.context
+
+
+class FakeCache:
+    content = b"compiled before"
+
+    def deserialize(self, content):
+        fits = content.startswith(b"compiled")
+        self.content = content if fits else self.content
+        return fits
+
+    def serialize(self):
+        return memoryview(self.content)
+
+
+def fake_trt(name="tensorrt_rtx", names=(*INPUTS, *OUTPUTS)):
+    trt = types.ModuleType(name)
+    trt.__version__, trt.broken, trt.nptype = "9.8.7", False, np.dtype
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR, INFO = range(3)
+
+    class Runtime:
+        def __init__(self, logger):
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan):
+            self.logger.log(ILogger.INFO, "Loaded engine.")
+            if plan == PLAN:
+                return FakeEngine(trt, self.logger, names)
+            self.logger.log(ILogger.ERROR, "incompatible serialization version.\nSecond line.")
+            return self.logger.log(ILogger.ERROR, "follows from the first")
+
+    trt.ILogger, trt.Runtime, trt.IOutputAllocator = ILogger, Runtime, type("IOutputAllocator", (), {})
+    trt.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(NONE="none")
+    trt.cache = FakeCache()
+    trt.config = types.SimpleNamespace(create_runtime_cache=lambda: trt.cache, set_runtime_cache=lambda cache: None)
+    return trt
+
+
+@pytest.fixture
+def bundle(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return add_engine(synthetic.create(tmp_path / "a.bundle"))
+
+
+def add_engine(bundle, target="tensorrt-rtx", plan=PLAN, kernels=(compiled(FILL), compiled(ROUTE))):
+    files = {ENGINE: plan, **KernelLibrary(kernels).to_files()}
+    bundle.add_engine(target, files, "fp32", {target: "1.2.3", "triton": "3.6.0"})
+    return bundle
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Puts stand-ins in the places of TensorRT and the driver."""
+
+    def put(trt, driver):
+        def register(module, launcher):
+            module.launcher = launcher
+            return types.SimpleNamespace(raising=contextlib.nullcontext)
+
+        monkeypatch.setattr(tensorrt, "load", lambda target: trt)
+        monkeypatch.setattr(tensorrt, "open_driver", lambda: driver)
+        monkeypatch.setattr(tensorrt, "register", register)
+
+    return put
+
+
+def image(value=0.9):
+    return np.full((1, 3, SIDE, SIDE), value, np.float32)
+
+
+def expected_masks(grids, budget):
+    return {
+        grid: ((slots := np.nonzero(np.asarray(grids) == k)[0]), np.full((len(slots), grid, grid), budget) + slots[:, None, None])
+        for k, grid in enumerate(GRIDS)
+    }
+
+
+@pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])
+def test_outputs_are_gathered(bundle, install, name):
+    install(fake_trt(name), FakeDriver())
+    target = name.replace("_", "-")
+    with TensorRTEngine(add_engine(bundle, target), target) as engine:
+        outputs = [
+            engine.run(image(), budget=0.25),
+            engine.run(image(), grid_override=2),
+            engine.run(image(), grid_override=np.array([3, -1, 0, 0, 0, 3]), min_score=0.2),
+            engine.run(image(0)),
+        ]
+    for output, budget, grids in zip(outputs, (0.25, 0, 0, 0), ([0, 1, 2, 3, 0, 1], [2] * 6, [3, 1, 0, 0, -1, -1], [-1] * 6), strict=True):
+        np.testing.assert_array_equal(output.boxes, np.arange(24, dtype=np.float32).reshape(6, 4))
+        np.testing.assert_array_equal(output.grids, grids)
+        np.testing.assert_array_equal(output.labels, np.where(np.array(grids) >= 0, 1, -1))
+        np.testing.assert_allclose(output.scores, np.where(np.array(grids) >= 0, 0.9 / np.arange(1, 7), 0), rtol=1e-6)
+        assert (output.scores.dtype, output.grids.dtype) == (np.float32, np.int64)
+        for grid, (slots, masks) in expected_masks(grids, budget).items():
+            np.testing.assert_array_equal(output.masks[grid][0], slots)
+            np.testing.assert_array_equal(output.masks[grid][1], masks.astype(np.float32))
+
+
+def test_times_part_where_the_detections_are_done(bundle, install):
+    install(fake_trt(), FakeDriver())
+    with TensorRTEngine(bundle, "tensorrt-rtx") as engine:
+        times = engine.run(image()).times_ms
+    # One event before, one after the kernel of the detections, none after that of the routing.
+    assert 3 <= times["detector"] < 1000
+    assert set(times) == {"detector", "masks"}
+
+
+def test_everything_is_freed(bundle, install):
+    driver = FakeDriver()
+    install(fake_trt(), driver)
+    engine = TensorRTEngine(bundle, "tensorrt-rtx")
+    buffers = sum(tensor.room.nbytes for tensor in engine._tensors.values())
+    assert engine.memory_bytes == len(PLAN) + 1000 + buffers
+    assert len(driver.blocks) == 2 * len((*INPUTS, *OUTPUTS))
+    engine.close()
+    engine.close()
+    assert not driver.blocks and not driver.streams
+
+
+def test_what_does_not_load_is_freed_and_said_in_a_sentence(bundle, install):
+    driver = FakeDriver()
+    install(fake_trt(), driver)
+    with pytest.raises(InputError) as refused:
+        TensorRTEngine(add_engine(bundle, plan=b"another's"), "tensorrt-rtx")
+    assert str(refused.value) == (
+        f"{bundle.path}/engines/tensorrt-rtx/engine.bin, built for tensorrt_rtx 1.2.3, does not load in 9.8.7 on this "
+        "Fake GPU of compute capability 8.6 (incompatible serialization version); "
+        f"build it again with dynamask build-engine {bundle.path} --target tensorrt-rtx."
+    )
+    install(fake_trt(names=("x", "y")), driver)
+    with pytest.raises(InputError, match=r"takes and gives x, y, which is no DynaMask; build it again"):
+        TensorRTEngine(add_engine(bundle), "tensorrt-rtx")
+    with pytest.raises(InputError, match=r"compiled for compute capability 9\.0, and this GPU's is 8\.6"):
+        TensorRTEngine(add_engine(bundle, kernels=[compiled(FILL, "9.0")]), "tensorrt-rtx")
+    assert not driver.blocks and not driver.streams
+
+
+def test_too_little_memory_is_said_with_figures(bundle, install):
+    driver = FakeDriver(free=300_000)
+    install(fake_trt(), driver)
+    with pytest.raises(InputError, match=r"needs 1 MiB more of the memory of Fake GPU, and 1 MiB are free; end what else runs"):
+        TensorRTEngine(bundle, "tensorrt-rtx")
+    assert not driver.blocks and not driver.streams
+
+
+def test_a_failed_run_gives_tensorrts_reason_and_may_be_followed_by_another(bundle, install):
+    trt = fake_trt()
+    install(trt, FakeDriver())
+    with TensorRTEngine(bundle, "tensorrt-rtx") as engine:
+        trt.broken = True
+        with pytest.raises(DynaMaskError, match=r"could not run .*engine\.bin \(Error Code 1: launch failed\)\.$"):
+            engine.run(image())
+        trt.broken = False
+        assert len(engine.run(image()).masks) == 4
+
+
+def test_the_allocator_gives_the_room_there_is():
+    tensor = Tensor(0xABC00, np.zeros(10, np.float32), (-1, 2))
+    allocator = tensorrt._output_allocator(fake_trt(), tensor)
+    for size, address in ((0, 0xABC00), (40, 0xABC00), (41, 0)):
+        assert allocator.reallocate_output("masks_14", 0, size, 256) == address
+        assert allocator.reallocate_output_async("masks_14", 0, size, 256, 77) == address
+    tensor.room[:] = np.arange(10)
+    allocator.notify_shape("masks_14", (3, 2))
+    np.testing.assert_array_equal(tensor.host, [[0, 1], [2, 3], [4, 5]])
+
+
+def test_launches_are_packed_and_kernels_loaded_once():
+    driver = FakeDriver()
+    event = driver.create_event()
+    launcher = KernelLauncher(driver, KernelLibrary([compiled(FILL), compiled(ROUTE)]).for_device("8.6"), event, "build it again.")
+    launch = Launch(FILL, (3, 2, 1), (Buffer("output", 1), -7, 0.25, 1 << 40))
+    for _ in range(2):
+        launcher(launch, [1, 2], [16, 32], 512, 77)
+    assert driver.loaded == [(b"cubin", "fill_slots", "PifqPP", 128, 512)]
+    assert driver.launches == [("fill_slots", (3, 2, 1), 77, (32, -7, 0.25, 1 << 40, 0, 0))] * 2
+    assert event.time == 6
+    launcher(Launch(ROUTE, (1, 1, 1), (Buffer("workspace", offset=256),)), [], [], 512, 77)
+    launcher(Launch(ROUTE, (1, 1, 1), (Buffer("input", 0),)), [48], [], 512, 77)
+    assert [arguments for *_, arguments in driver.launches[2:]] == [(768, 0, 0), (48, 0, 0)]
+    assert event.time == 6
+
+
+def test_a_kernel_that_cannot_be_launched_is_refused():
+    launcher = KernelLauncher(FakeDriver(), {ROUTE.key: compiled(ROUTE, global_scratch=128)}, None, "build it again.")
+    with pytest.raises(InputError, match=rf"another version of DynaMask, without the kernel {FILL.key}; build it again\.$"):
+        launcher(Launch(FILL, (1, 1, 1), ()), [], [], 0, 77)
+    with pytest.raises(DynaMaskError, match="scratch memory"):
+        launcher(Launch(ROUTE, (1, 1, 1), ()), [], [], 0, 77)
+
+
+def test_what_was_compiled_is_kept_for_the_next_time(tmp_path):
+    path = tmp_path / "folder" / "engine.bin"
+    first = fake_trt()
+    cache = RuntimeCache(first, FakeEngine(types.SimpleNamespace(launcher=None, config=first.config), None, ()), path)
+    assert first.config.dynamic_shapes_kernel_specialization_strategy == "none"
+    first.cache.content = b"compiled now"
+    cache.save()
+    assert path.read_bytes() == b"compiled now"
+
+    def again():
+        trt = fake_trt()
+        return trt, RuntimeCache(trt, FakeEngine(types.SimpleNamespace(launcher=None, config=trt.config), None, ()), path)
+
+    second, cache = again()
+    assert second.cache.content == b"compiled now"
+    path.unlink()
+    cache.save()
+    assert not path.exists()  # Nothing new.
+    path.write_bytes(b"of another driver")
+    third, cache = again()
+    cache.save()
+    assert path.read_bytes() == third.cache.content == b"compiled before"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").touch()
+    trt = fake_trt()
+    engine = FakeEngine(types.SimpleNamespace(launcher=None, config=trt.config), None, ())
+    RuntimeCache(trt, engine, tmp_path / "file" / "engine.bin").save()
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "installed", "chosen"),
+    [
+        (("onnxruntime", "tensorrt-rtx", "tensorrt"), True, TARGETS, "tensorrt-rtx"),
+        (("onnxruntime", "tensorrt-rtx", "tensorrt"), True, ("tensorrt",), "tensorrt"),
+        (("onnxruntime", "tensorrt"), True, TARGETS, "tensorrt"),
+        (("onnxruntime", "tensorrt-rtx"), True, (), "onnxruntime"),
+        (("onnxruntime", "tensorrt-rtx"), False, TARGETS, "onnxruntime"),
+        (("tensorrt-rtx",), False, TARGETS, "onnxruntime"),
+        ((), True, TARGETS, "onnxruntime"),
+    ],
+)
+def test_auto_takes_the_best_that_is_built_and_runs_here(monkeypatch, built, driver, installed, chosen):
+    from runtime.targets import onnxruntime
+
+    def load(target):
+        if target not in installed:
+            raise InputError("not installed")
+        return fake_trt()
+
+    def open_driver():
+        if not driver:
+            raise InputError("no driver")
+
+    monkeypatch.setattr(tensorrt, "load", load)
+    monkeypatch.setattr(base, "open_driver", open_driver)
+    monkeypatch.setattr(tensorrt, "TensorRTEngine", lambda bundle, target: target)
+    monkeypatch.setattr(onnxruntime, "OnnxRuntimeEngine", lambda bundle, threads: "onnxruntime")
+    assert open_engine(types.SimpleNamespace(manifest=types.SimpleNamespace(engines=dict.fromkeys(built)))) == chosen
+
+
+def test_this_machine_says_what_is_missing(bundle):
+    bundle = Bundle.open(bundle.path)
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        pytest.skip("there is a driver here")
+    except OSError:
+        pass
+    with pytest.raises(InputError, match=r"not installed; run pip install|no driver for one starts here .*; install .*onnxruntime\.$"):
+        open_engine(bundle, "tensorrt-rtx")
+    with pytest.raises(InputError, match=r"holds no engine for onnxruntime \(built: tensorrt-rtx\)"):
+        open_engine(bundle)
+    with pytest.raises(InputError, match=r"which is not installed|holds no engine for tensorrt "):
+        open_engine(bundle, "tensorrt")

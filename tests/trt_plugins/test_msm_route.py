@@ -1,0 +1,173 @@
+"""MsmRoute's kernel, in Triton's interpreter, against the model's own rule and the lists its inference makes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynamask.msm import route
+from runtime.errors import InputError
+from trt_plugins.msm_route import MsmRoute
+from trt_plugins.msm_route.reference import msm_route as reference_msm_route
+from trt_plugins.on_torch import run
+from trt_plugins.operator import DataDependent, TensorSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton")
+CANVAS = (64, 256)
+COSTS = (0.25, 0.5, 1.0, 1.5)
+"""With logits that are multiples of 1/4, two instances' lambdas are equal or far apart: rounding decides nothing."""
+MODEL_COSTS = (0.231, 0.543, 0.904, 1.363)
+SLOTS = 19
+
+
+def _case(n: int, seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    corner, side = torch.rand((n, 2), generator=generator) * 40, torch.rand((n, 2), generator=generator) * 90
+    return {
+        "logits": torch.randn((n, 4), generator=generator) * scale,
+        "boxes": torch.cat([corner, corner + side], dim=1),
+        "override": torch.full((n,), -1),
+        "slots": torch.arange(n),
+    }
+
+
+def _run(case: dict[str, Tensor], budget: float, slots: int = SLOTS, costs: tuple[float, ...] = COSTS) -> dict[str, Tensor]:
+    operator = MsmRoute(canvas=CANVAS, detections=slots, costs=costs)
+    outputs = run(operator, [case["logits"], case["boxes"], case["override"], case["slots"], torch.tensor(budget)])
+    return dict(zip(operator.outputs, outputs, strict=True))
+
+
+def _routed_by_the_model(case: dict[str, Tensor], budget: float, costs: tuple[float, ...] = COSTS) -> Tensor:
+    boxes = case["boxes"]
+    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
+    sides = torch.sqrt(areas / float(CANVAS[0] * CANVAS[1]))
+    log_probabilities = torch.log_softmax(case["logits"].float(), dim=-1)
+    return route(log_probabilities, torch.tensor(costs), torch.tensor(budget), sides, case["override"])
+
+
+def _check_lists(outputs: dict[str, Tensor], grids: Tensor, slots: Tensor) -> None:
+    """Follow the lists as the engine does, stage by stage: every instance comes out once, at its own grid, in order."""
+    assert all(output.dtype == torch.int64 for output in outputs.values())
+    alive = torch.arange(len(grids))
+    for k, grid in enumerate((14, 28, 56, 112)):
+        if k > 0:
+            alive = alive[outputs[f"onward_{grid}"]]
+            assert outputs[f"n{k}"] == len(alive)
+            assert torch.equal(alive, torch.nonzero(grids >= k)[:, 0])
+        ended = alive[outputs[f"here_{grid}"]]
+        assert outputs[f"m{k}"] == len(ended)
+        assert torch.equal(ended, torch.nonzero(grids == k)[:, 0])
+        assert torch.equal(outputs[f"slots_{grid}"], slots[ended])
+
+
+quarters = st.integers(-24, 24).map(lambda count: count / 4)
+instances = st.lists(
+    st.tuples(st.tuples(*[quarters] * 4), st.sampled_from([-1, -1, -1, 0, 1, 2, 3, 4])),
+    max_size=SLOTS,
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(instances, st.sampled_from([0.0, -1.0, 1e-3, 0.25, 0.3, 0.5, 0.75, 0.8, 1.0, 1.25, 1.49, 1e6]), st.integers(0, 99))
+@example([((0.0, 0.0, 0.0, 0.0), -1)] * SLOTS, 0.5, 0)
+@example([], 0.5, 0)
+def test_grids_and_lists_are_the_models(drawn: list[tuple[tuple[float, ...], int]], budget: float, seed: int) -> None:
+    case = _case(len(drawn), seed)
+    case["logits"] = torch.tensor([logits for logits, _ in drawn]).reshape(-1, 4)
+    case["override"] = torch.tensor([override for _, override in drawn], dtype=torch.int64)
+    case["slots"] = torch.randperm(SLOTS, generator=torch.Generator().manual_seed(seed))[: len(drawn)]
+    outputs = _run(case, budget)
+    grids = _routed_by_the_model(case, budget)
+    assert torch.equal(outputs["grids"], torch.full((SLOTS,), -1).scatter(0, case["slots"], grids))
+    _check_lists(outputs, grids, case["slots"])
+    reference = reference_msm_route(**case, budget=budget, canvas=CANVAS, detections=SLOTS, costs=COSTS)
+    for name, expected in zip(outputs, reference, strict=True):
+        assert torch.equal(outputs[name], expected), name
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_a_full_scene_meets_any_budget_as_the_model_does(scale: float) -> None:
+    case = _case(32, seed=3, scale=scale)
+    for budget in (0.24, 0.4, 0.7, 1.1):
+        outputs = _run(case, budget, 32, MODEL_COSTS)
+        assert torch.equal(outputs["grids"], _routed_by_the_model(case, budget, MODEL_COSTS))
+        assert np.mean([MODEL_COSTS[grid] for grid in outputs["grids"]]) <= budget * (1 + 1e-5)
+
+
+def test_half_precision_logits_are_routed_in_single_precision() -> None:
+    case = _case(SLOTS, seed=5)
+    case["logits"] = case["logits"].half()
+    assert torch.equal(_run(case, 0.6)["grids"], _routed_by_the_model(case, 0.6))
+
+
+def test_a_budget_below_the_smallest_grid_gives_the_smallest_grid() -> None:
+    outputs = _run(_case(7, seed=1), 0.01)
+    assert outputs["grids"].tolist() == [0] * 7 + [-1] * (SLOTS - 7)
+
+
+def test_the_size_based_rule_at_its_boundaries() -> None:
+    """Sides that are exactly 1/8, 1/4, 1/2 and 1 of the canvas's `sqrt(64 * 256) = 128`, and none at all."""
+    case = _case(6, seed=2)
+    sides = torch.tensor([16.0, 31.9, 32.0, 64.0, 128.0, 0.0])
+    case["boxes"] = torch.stack([torch.zeros(6), torch.zeros(6), sides, sides], dim=1)
+    case["override"] = torch.full((6,), 4)
+    assert _run(case, 0.0)["grids"][:6].tolist() == [1, 1, 2, 3, 3, 0]
+
+
+def test_without_instances_every_slot_and_size_is_written() -> None:
+    outputs = _run(_case(0, seed=0), 0.5, slots=100)
+    assert outputs.pop("grids").tolist() == [-1] * 100
+    sizes = [outputs.pop(name) for name in ("n1", "n2", "n3", "m0", "m1", "m2", "m3")]
+    assert not torch.stack(sizes).any()
+    assert all(output.shape == (0,) for output in outputs.values())
+
+
+def test_lists_of_one_stage_share_a_size_and_none_exceeds_the_slots() -> None:
+    operator = MsmRoute(canvas=CANVAS, detections=100, costs=COSTS)
+    shapes = dict(zip(operator.outputs, operator.output_shapes([["n", 4], ["n", 4], ["n"], ["n"], []]), strict=True))
+    assert shapes["grids"] == [100]
+    for stage, grid in enumerate((14, 28, 56, 112)):
+        assert shapes[f"here_{grid}"] == shapes[f"slots_{grid}"] == [DataDependent(operator.outputs.index(f"m{stage}"), 100)]
+        assert stage == 0 or shapes[f"onward_{grid}"] == [DataDependent(operator.outputs.index(f"n{stage}"), 100)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"canvas": (64,)}, "canvas"), ({"detections": 0}, "detections"), ({"costs": (1, 2, 2, 3)}, "costs"), ({"costs": (1, 2, 3)}, "costs")],
+)
+def test_wrong_attributes_are_refused(change: dict[str, Any], message: str) -> None:
+    values: dict[str, Any] = {"canvas": CANVAS, "detections": 10, "costs": COSTS}
+    with pytest.raises(InputError, match=f"route: MsmRoute: {message}"):
+        MsmRoute("route", **(values | change))
+
+
+@pytest.mark.parametrize(
+    ("index", "spec", "message"),
+    [
+        (0, TensorSpec((None, 3), "float32"), "logits"),
+        (1, TensorSpec((None, 4), "float16"), "boxes"),
+        (2, TensorSpec((None,), "int32"), "override"),
+        (3, TensorSpec((None, 1), "int64"), "slots"),
+        (4, TensorSpec((1,), "float32"), "budget"),
+        (3, TensorSpec((11,), "int64"), "11"),
+    ],
+)
+def test_wrong_inputs_are_refused(index: int, spec: TensorSpec, message: str) -> None:
+    inputs = [
+        TensorSpec((None, 4), "float16"),
+        TensorSpec((None, 4), "float32"),
+        TensorSpec((None,), "int64"),
+        TensorSpec((None,), "int64"),
+        TensorSpec((), "float32"),
+    ]
+    operator = MsmRoute(canvas=CANVAS, detections=10, costs=COSTS)
+    operator.check_inputs(inputs)
+    inputs[index] = spec
+    with pytest.raises(InputError, match=message):
+        operator.check_inputs(inputs)

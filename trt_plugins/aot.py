@@ -1,0 +1,215 @@
+"""Compiles Triton kernels ahead of time, for GPUs that need not be there.
+
+Importing this module does not load Triton: only worker processes do, as a process that interprets kernels cannot compile them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from runtime.errors import DynaMaskError, InputError
+from runtime.files import atomic_path
+from trt_plugins.kernels import COMPUTE_CAPABILITIES, CompiledKernel, KernelLibrary
+from trt_plugins.operator import KernelSpec
+
+MOST_PROCESSES = 8
+"""A worker holds about 300 MB."""
+
+
+def compile_kernels(
+    specs: Iterable[KernelSpec],
+    capabilities: Sequence[str] = COMPUTE_CAPABILITIES,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache: Path | None = None,
+) -> KernelLibrary:
+    """Compile every kernel for every compute capability, in processes of their own; what an earlier call compiled is not compiled again.
+
+    Args:
+        specs: the same one may come several times.
+        capabilities: `8.6`, …
+        processes: how many at a time; None is one a CPU, 8 at most.
+        progress: called with how many are ready and how many there are, at the start and after each.
+        cache: a folder; None is `dynamask/kernels` in the user's cache folder.
+
+    Raises:
+        InputError: Triton is not installed.
+        DynaMaskError: a kernel does not compile (names it and the compute capability), or the cache cannot be written.
+    """
+    folder = cache or _cache_folder()
+    files = {
+        (spec, capability): folder / f"{_digest(spec, capability)}.json"
+        for spec in {spec.key: spec for spec in specs}.values()
+        for capability in dict.fromkeys(capabilities)
+    }
+    kernels = {job: kernel for job, file in files.items() if (kernel := _cached(file)) is not None}
+    missing = [job for job in files if job not in kernels]
+
+    def report() -> None:
+        if progress is not None:
+            progress(len(kernels), len(files))
+
+    report()
+    for job, kernel in _compile_all(missing, processes or min(os.cpu_count() or 1, MOST_PROCESSES)):
+        with atomic_path(files[job]) as temporary:
+            temporary.write_text(kernel.model_dump_json(), encoding="utf-8")
+        kernels[job] = kernel
+        report()
+    return KernelLibrary(kernels.values())
+
+
+Job = tuple[KernelSpec, str]
+
+
+def _compile_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, CompiledKernel]]:
+    if not jobs:
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="dynamask-triton-") as scratch,
+        ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn"), _start_worker, (scratch,)) as pool,
+    ):
+        futures = {pool.submit(_compile, *job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise DynaMaskError("A process that compiled kernels was ended from outside; is there enough memory?") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(scratch: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback.
+    os.dup2(2, 1)  # Triton prints what it cannot compile; standard output may be carrying a result.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = scratch
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # Line information holds this machine's paths.
+
+
+def _compile(spec: KernelSpec, capability: str) -> CompiledKernel:
+    try:
+        return _compile_here(spec, capability)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        raise DynaMaskError(
+            f"{spec.module}.{spec.function} does not compile for compute capability {capability}: {type(error).__name__}: {reason[-1]}"
+        ) from error
+
+
+def _compile_here(spec: KernelSpec, capability: str) -> CompiledKernel:
+    import triton
+    from triton.backends.compiler import BaseBackend, GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(spec.module), spec.function)
+    types, constants = dict(spec.signature), dict(spec.constants)
+    names: list[str] = function.arg_names
+    if [name for name in names if name not in constants] != list(types) or not constants.keys() <= set(names):
+        raise ValueError(f"it takes {', '.join(names)}, not {', '.join([*types, *constants])}")
+    source = ASTSource(
+        function,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(index,): constants[name] for index, name in enumerate(names) if name in constants},
+        # "D": divisible by 16, as TensorRT's addresses are.
+        attrs={(index,): BaseBackend.parse_attr("D") for index, name in enumerate(names) if types.get(name, "").startswith("*")},
+    )
+    target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
+    # Fused multiply-adds are said, because their default changes with Triton 3.10.
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
+    metadata, cubin = compiled.metadata, compiled.asm["cubin"]
+    registers, spills = _resources(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", cubin)
+    return CompiledKernel(
+        key=spec.key,
+        compute_capability=capability,
+        entry=metadata.name,
+        signature=spec.signature,
+        # Triton may add warps of its own to those asked for.
+        num_warps=metadata.num_warps,
+        shared=metadata.shared,
+        global_scratch=metadata.global_scratch_size,
+        profile_scratch=metadata.profile_scratch_size,
+        registers=registers,
+        spills=spills,
+        cubin=cubin,
+    )
+
+
+def _resources(cuobjdump: Path, cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers and bytes of local memory of a thread, as NVIDIA's tool reads them from a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        try:
+            done = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):  # Not every build of Triton brings it.
+            return None, None
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
+    return usage.get("REG"), usage["STACK"] + usage["LOCAL"] if {"STACK", "LOCAL"} <= usage.keys() else None
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamask" / "kernels"
+
+
+def _cached(file: Path) -> CompiledKernel | None:
+    try:
+        return CompiledKernel.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):  # Not there, or of another version.
+        return None
+
+
+def _digest(spec: KernelSpec, capability: str) -> str:
+    """What a compiled kernel depends on: its form, the source of its module and of this one, Triton's version, the target."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError("Compiling kernels needs Triton, which is not installed; run pip install triton.") from None
+    sources = [Path(__file__).read_bytes(), *_sources(spec.module)]
+    fields = [spec.key, capability, triton, *(hashlib.sha256(source).hexdigest() for source in sources)]
+    return hashlib.sha256("\n".join(fields).encode()).hexdigest()
+
+
+def _sources(module: str) -> list[bytes]:
+    """The text of a module and of those of its own package that it imports, directly or not; none is executed."""
+    package = module.split(".")[0]
+    sources: dict[Path, bytes] = {}
+    waiting = [module]
+    while waiting:
+        file = _file(waiting.pop())
+        if file is None or file in sources:
+            continue
+        sources[file] = file.read_bytes()
+        for node in ast.walk(ast.parse(sources[file])):
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+        waiting = [name for name in waiting if name.split(".")[0] == package]
+    return [sources[file] for file in sorted(sources)]
+
+
+def _file(module: str) -> Path | None:
+    # Not importlib's answer for the whole name, which imports what lies on the way, Triton with it.
+    package, *rest = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        return None
+    path = Path(spec.submodule_search_locations[0]).joinpath(*rest)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)

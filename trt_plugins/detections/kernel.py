@@ -1,0 +1,133 @@
+"""Kernels of Detections: from class logits to candidates, from the best of them to boxes, from those kept to slots."""
+
+# mypy: ignore-errors
+# Triton's language is untyped.
+
+import triton
+import triton.language as tl
+
+from trt_plugins.selection.kernel import EMPTY, decode, key_score, load_box, rank, score_key
+
+
+@triton.jit
+def score_classes(
+    class_logits,
+    count,
+    min_score,
+    keys,
+    indices,
+    rows,
+    score_threshold,
+    CLASSES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Softmax of `class_logits [rows, 1 + CLASSES]` -> candidates `[rows, CLASSES]`; grid (blocks of ROWS).
+
+    EMPTY are rows from `count [1]` on and scores that are not above both thresholds. Column 0 is the background.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column <= CLASSES)[None, :]
+    places = row[:, None] * (CLASSES + 1) + column[None, :]
+    logit = tl.load(class_logits + places, mask=inside, other=float("-inf")).to(tl.float32)
+    exponential = tl.exp(logit - tl.where(row < rows, tl.max(logit, axis=1), 0.0)[:, None])
+    score = exponential / tl.where(row < rows, tl.sum(exponential, axis=1), 1.0)[:, None]
+
+    least = tl.maximum(tl.load(min_score), score_threshold)
+    counts = (row < tl.load(count))[:, None] & (score > least)
+    places = row[:, None] * CLASSES + column[None, :] - 1
+    foreground = inside & (column > 0)[None, :]
+    tl.store(keys + places, tl.where(counts, score_key(score), EMPTY), mask=foreground)
+    tl.store(indices + places, places, mask=foreground)
+
+
+@triton.jit
+def decode_detections(
+    box_deltas,
+    proposals,
+    keys,
+    indices,
+    boxes,
+    best_keys,
+    best_indices,
+    canvas_height,
+    canvas_width,
+    candidates,
+    k,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
+    """Sort `keys` and `indices [candidates]`, and decode the k best: `boxes [4, k]`, `best_keys [k]`, `best_indices [k]`.
+
+    Deltas are `[rows, 4 (1 + CLASSES)]`, with torchvision's weights (10, 10, 5, 5). Boxes of EMPTY candidates are 0.
+    """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < candidates
+    key = tl.load(keys + place, mask=inside, other=EMPTY)
+    sorted_place = rank(keys, candidates, place, key, COMPARED)
+    best = inside & (sorted_place < k)
+    tl.store(best_keys + sorted_place, key, mask=best)
+
+    real = best & (key != EMPTY)
+    index = tl.load(indices + place, mask=real, other=0)
+    tl.store(best_indices + sorted_place, index, mask=best)
+    proposal = proposals + index // CLASSES * 4
+    delta = box_deltas + (index // CLASSES * (CLASSES + 1) + index % CLASSES + 1) * 4
+    left, top, right, bottom = decode(
+        tl.load(proposal, mask=real, other=0.0),
+        tl.load(proposal + 1, mask=real, other=0.0),
+        tl.load(proposal + 2, mask=real, other=0.0),
+        tl.load(proposal + 3, mask=real, other=0.0),
+        tl.load(delta, mask=real, other=0.0).to(tl.float32) / 10.0,
+        tl.load(delta + 1, mask=real, other=0.0).to(tl.float32) / 10.0,
+        tl.load(delta + 2, mask=real, other=0.0).to(tl.float32) / 5.0,
+        tl.load(delta + 3, mask=real, other=0.0).to(tl.float32) / 5.0,
+        canvas_height.to(tl.float32),
+        canvas_width.to(tl.float32),
+    )
+    box = boxes + sorted_place
+    tl.store(box, left, mask=best)
+    tl.store(box + k, top, mask=best)
+    tl.store(box + 2 * k, right, mask=best)
+    tl.store(box + 3 * k, bottom, mask=best)
+
+
+@triton.jit
+def fill_slots(
+    boxes,
+    best_indices,
+    kept_keys,
+    kept_counts,
+    slot_boxes,
+    scores,
+    labels,
+    slots,
+    n,
+    k,
+    detections,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
+    """The best of `kept_keys [k]` into `detections` slots, best first; empty ones have box and score 0 and label -1.
+
+    `slots [n]` are those filled. Grid (blocks of max(k, detections)).
+    """
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(kept_keys + place, mask=place < k, other=EMPTY)
+    slot = rank(kept_keys, k, place, key, COMPARED)
+    inside = slot < detections
+    filled = inside & (key != EMPTY)
+    left, top, right, bottom = load_box(boxes, k, place, filled)
+    tl.store(slot_boxes + slot * 4, left, mask=inside)
+    tl.store(slot_boxes + slot * 4 + 1, top, mask=inside)
+    tl.store(slot_boxes + slot * 4 + 2, right, mask=inside)
+    tl.store(slot_boxes + slot * 4 + 3, bottom, mask=inside)
+    label = tl.load(best_indices + place, mask=filled, other=0) % CLASSES
+    tl.store(scores + slot, tl.where(filled, key_score(key), 0.0), mask=inside)
+    tl.store(labels + slot, tl.where(filled, label, -1).to(tl.int64), mask=inside)
+    tl.store(slots + slot, slot.to(tl.int64), mask=filled)
+    if tl.program_id(0) == 0:
+        tl.store(n, tl.minimum(tl.load(kept_counts), detections).to(tl.int64))

@@ -1,0 +1,133 @@
+"""Kernels compiled ahead of time, and the files that hold them: what an engine launches, without Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from runtime.errors import InputError
+
+COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "12.0")
+"""What kernels are compiled for where no GPU is named: A100, RTX 30, Jetson Orin, RTX 40, H100 and H200, RTX 50."""
+INDEX = "kernels.json"
+TEGRA = frozenset({(8, 7), (11, 0)})
+"""Orin and Thor."""
+
+ComputeCapability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
+"""`8.7`"""
+
+
+class KernelInfo(BaseModel):
+    """What a launch must know of a compiled kernel, and what its compilation said."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    key: Annotated[str, Field(pattern=r"^\w+-[0-9a-f]{12}$")]
+    """The `KernelSpec`'s."""
+    compute_capability: ComputeCapability
+    entry: str
+    """The function's name in the cubin."""
+    signature: tuple[tuple[str, str], ...]
+    """The `KernelSpec`'s arguments, in order. Two pointers follow them, to the two kinds of scratch memory; null where those are 0."""
+    num_warps: int
+    """Warps a block: a block has 32 threads for each."""
+    shared: int
+    """Dynamic shared memory of a block, bytes."""
+    global_scratch: int
+    """Bytes of global memory a block, or 0."""
+    profile_scratch: int
+    """Bytes of global memory a block, for Triton's profiler, or 0."""
+    registers: int | None
+    """Of a thread; None where it was not measured."""
+    spills: int | None
+    """Local memory of a thread, bytes: registers that were spilled, and arrays; None where it was not measured."""
+
+    @property
+    def file(self) -> str:
+        """The cubin's name beside the index."""
+        return f"kernels/{self.key}.sm_{self.compute_capability.replace('.', '')}.cubin"
+
+
+class CompiledKernel(KernelInfo):
+    """One kernel for one compute capability."""
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    cubin: Annotated[bytes, Field(repr=False)]
+
+    @property
+    def info(self) -> KernelInfo:
+        """All but the cubin."""
+        return KernelInfo(**self.model_dump(exclude={"cubin"}))
+
+
+_INDEX = TypeAdapter(list[KernelInfo])
+
+
+class KernelLibrary:
+    """Compiled kernels of an engine, for one or several compute capabilities."""
+
+    def __init__(self, kernels: Iterable[CompiledKernel]) -> None:
+        self.kernels = sorted(kernels, key=lambda kernel: (kernel.key, _version(kernel.compute_capability)))
+
+    @property
+    def compute_capabilities(self) -> list[str]:
+        """Those that kernels are here for, the lowest first."""
+        return sorted({kernel.compute_capability for kernel in self.kernels}, key=_version)
+
+    def to_files(self) -> dict[str, bytes]:
+        """Name -> content: an index in JSON, and one file a kernel."""
+        files = {kernel.file: kernel.cubin for kernel in self.kernels}
+        return {INDEX: _INDEX.dump_json([kernel.info for kernel in self.kernels], indent=2) + b"\n", **files}
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> KernelLibrary:
+        """The library that `to_files` gave; other files are left alone.
+
+        Raises:
+            InputError: the index or a kernel is missing, or the index is none.
+        """
+        again = "build the engine again with dynamask build-engine"
+        try:
+            return cls(CompiledKernel(**info.model_dump(), cubin=files[info.file]) for info in _INDEX.validate_json(files[INDEX]))
+        except KeyError as missing:
+            raise InputError(f"The engine has no file {missing.args[0]}; {again}.") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "its text"
+            raise InputError(f"The engine's {INDEX} is not a list of kernels ({place}: {first['msg']}); {again}.") from None
+
+    def for_device(self, compute_capability: str) -> dict[str, CompiledKernel]:
+        """Key -> the kernel to load on a GPU: compiled for its compute capability, or for the highest one whose kernels run on it.
+
+        Raises:
+            InputError: a kernel was compiled for nothing that runs there.
+        """
+        device = _version(compute_capability)
+        # Sorted: of those that run on the device, the highest comes last.
+        fitting = {kernel.key: kernel for kernel in self.kernels if _runs_on(_version(kernel.compute_capability), device)}
+        if any(kernel.key not in fitting for kernel in self.kernels):
+            raise InputError(
+                f"The engine's kernels are compiled for compute capability {', '.join(self.compute_capabilities)}, and this GPU's is "
+                f"{compute_capability}; build it again with dynamask build-engine --compute-capability {compute_capability}."
+            )
+        return fitting
+
+
+def _version(compute_capability: str) -> tuple[int, int]:
+    major, minor = compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def _runs_on(built: tuple[int, int], device: tuple[int, int]) -> bool:
+    """Whether a cubin for one compute capability runs on a GPU of another.
+
+    A cubin for X.y runs on X.z with z >= y, "only for the desktop": not on Tegra, not from Tegra to the desktop, nor back (CUDA C++
+    Programming Guide, "Binary Compatibility"). From 9.0 on, Triton compiles for the architecture-specific targets (`sm_90a`, `sm_120a`),
+    whose code runs on that compute capability alone (same guide, "Feature Set Compiler Targets").
+    """
+    if built == device:
+        return True
+    return built[0] == device[0] == 8 and built[1] < device[1] and not {built, device} & TEGRA

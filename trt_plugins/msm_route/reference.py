@@ -1,0 +1,56 @@
+"""MsmRoute in PyTorch: lambda by trying every candidate in turn, and the stages' lists by selecting from what went before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+
+def msm_route(
+    logits: Tensor,
+    boxes: Tensor,
+    override: Tensor,
+    slots: Tensor,
+    budget: float,
+    canvas: tuple[int, int],
+    detections: int,
+    costs: Sequence[float],
+) -> list[Tensor]:
+    """The outputs of `MsmRoute`, in their order, from its inputs and attributes."""
+    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
+    sides = torch.sqrt(areas / float(canvas[0] * canvas[1])).clamp(min=1e-6)
+    size_based = torch.floor(4 + torch.log2(sides)).clamp(0, 3).long()
+    grids = torch.where(override == 4, size_based, routed_grids(torch.log_softmax(logits.float(), -1), override == -1, budget, costs))
+    grids = torch.where((override >= 0) & (override < 4), override, grids)
+    return [torch.full((detections,), -1).scatter(0, slots, grids), *stage_lists(grids, slots)]
+
+
+def routed_grids(log_probabilities: Tensor, free: Tensor, budget: float, costs: Sequence[float]) -> Tensor:
+    """`[n] int64`: the argmax at the smallest lambda that keeps to the budget, `free [n] bool` the instances that count for it."""
+    pairs = [
+        (log_probabilities[:, dear] - log_probabilities[:, cheap]) / (costs[dear] - costs[cheap])
+        for cheap, dear in combinations(range(4), 2)
+    ]
+    candidates = torch.cat([torch.zeros(1), torch.cat(pairs).clamp(min=0) * (1 + 1e-5) + 1e-6]).sort().values
+    grids = torch.empty(0, dtype=torch.int64)
+    for penalty in [*candidates, candidates.max() + 1]:
+        grids = torch.argmax(log_probabilities - penalty * torch.tensor(costs), dim=1)
+        spent = torch.tensor(costs)[grids[free]].double().sum() / max(int(free.sum()), 1)
+        if budget <= 0 or spent <= budget * (1 + 1e-6):
+            break
+    return grids
+
+
+def stage_lists(grids: Tensor, slots: Tensor) -> list[Tensor]:
+    """`onward`, `here` and `slots` of the stages, and their sizes, for instances of these grids `[n]` in these slots `[n]`."""
+    onward, here, here_slots = [], [], []
+    for k in range(4):
+        if k > 0:
+            onward.append(torch.nonzero(grids >= k)[:, 0])
+            grids, slots = grids[onward[-1]], slots[onward[-1]]
+        here.append(torch.nonzero(grids == k)[:, 0])
+        here_slots.append(slots[here[-1]])
+    return [*onward, *here, *here_slots, *(torch.tensor(len(places)) for places in (*onward, *here))]

@@ -1,0 +1,254 @@
+"""TensorRT plugins made of operators: class-based (`IPluginV3`), the one kind that TensorRT 10 and 11 and TensorRT for RTX share.
+
+Registered once a process, because TensorRT's registry is one a process. The ONNX node of operator `DeformConv` is `DynaMaskDeformConv`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from runtime.errors import DynaMaskError
+from trt_plugins.operator import DataDependent, DType, Launch, Operator, TensorSpec
+from trt_plugins.registry import OPERATORS, PREFIX
+
+VERSION = "1"
+NAMESPACE = ""
+
+Launcher = Callable[[Launch, Sequence[int], Sequence[int], int, int], None]
+"""Puts one launch on a stream: the launch, addresses of the inputs, of the outputs and of the workspace, handle of the stream.
+
+It is called from `enqueue`, on the hot path, with the same `Launch` object again and again for the same shapes.
+"""
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Plugins:
+    """This project's plugins in one TensorRT module, and what went wrong in them."""
+
+    def __init__(self, trt: ModuleType) -> None:
+        self.trt = trt
+        self.launcher: Launcher | None = None
+        """Taken by the plugins that are created from now on; those of an engine keep what they were created with."""
+        self.failures: list[BaseException] = []
+        """What the plugins' callbacks raised. TensorRT prints such exceptions and goes on, or fails later with words of its own."""
+        self.creators: dict[str, Any] = {}
+        """By operator. TensorRT keeps pointers to them, nothing more."""
+        # The registry writes to the logger of the oldest builder or runtime of the process, dead or alive; so that is this one.
+        self._logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+        self._runtime = trt.Runtime(self._logger)
+
+    def add(self, operator: type[Operator]) -> None:
+        """Register an operator's plugin; one of that name that is registered already stays."""
+        if operator.name not in self.creators:
+            creator = _creator(self, operator)
+            if not self.trt.get_plugin_registry().register_creator(creator, NAMESPACE):
+                raise DynaMaskError(f"TensorRT knows another plugin called {PREFIX}{operator.name}: start a process without it.")
+            self.creators[operator.name] = creator
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Parse, build, deserialise or run in here: the first failure of a plugin inside is raised, whatever TensorRT made of it."""
+        self.failures.clear()
+        try:
+            yield
+        finally:
+            if self.failures:
+                # In place of the caller's own "the engine was not built", which says less.
+                raise self.failures[0]
+
+
+_REGISTERED: dict[str, Plugins] = {}
+
+
+def register(trt: ModuleType, launcher: Launcher | None = None, operators: Iterable[type[Operator]] | None = None) -> Plugins:
+    """Make TensorRT know the plugins of the operators, by default of all in `registry.OPERATORS`; again only sets the launcher.
+
+    Call it before anything else is made of `trt`: a builder or runtime that was made first and is gone would be written to.
+
+    Args:
+        trt: from `trt_plugins.tensorrt.load`.
+        launcher: what the plugins created from now on launch kernels with; None where engines are built and never run.
+            The full TensorRT may run plugins while it builds, to time them.
+        operators: others than this package's, for tests.
+
+    Raises:
+        DynaMaskError: TensorRT has other plugins of these names.
+    """
+    if trt.__name__ not in _REGISTERED:
+        _REGISTERED[trt.__name__] = Plugins(trt)
+    plugins = _REGISTERED[trt.__name__]
+    plugins.launcher = launcher
+    for operator in OPERATORS.values() if operators is None else operators:
+        plugins.add(operator)
+    return plugins
+
+
+def _types(trt: ModuleType) -> Mapping[Any, DType]:
+    return {trt.float32: "float32", trt.float16: "float16", trt.int32: "int32", trt.int64: "int64", trt.bool: "bool"}
+
+
+def _recorded(method: Method) -> Method:
+    """A callback whose exceptions are noted, for `Plugins.raising`, before TensorRT swallows them."""
+
+    @functools.wraps(method)
+    def callback(self: Any, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except BaseException as error:  # KeyboardInterrupt too: it is raised here when Ctrl-C comes in a callback.
+            self.plugins.failures.append(error)
+            raise
+
+    return cast(Method, callback)
+
+
+def _creator(plugins: Plugins, operator_class: type[Operator]) -> Any:
+    trt = plugins.trt
+    plugin_class = _plugin_class(trt, operator_class)
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.plugins = plugins
+            self.name = PREFIX + operator_class.name
+            self.plugin_version = VERSION
+            self.plugin_namespace = NAMESPACE
+            self.fields = _Fields(trt, operator_class, {})
+            self.field_names = self.fields.collection
+
+        @_recorded
+        def create_plugin(self, name: str, fields: Iterable[Any], phase: Any) -> Any:
+            kinds = {attribute.name: attribute.kind for attribute in operator_class.attributes}
+            values = {field.name: np.asarray(field.data).tolist() for field in fields}
+            scalars = {key: value[0] for key, value in values.items() if kinds[key] in ("int", "float") and len(value) == 1}
+            return plugin_class(plugins, operator_class(name, **(values | scalars)))
+
+    return Creator()
+
+
+class _Fields:
+    """An operator's attributes as TensorRT's fields, which point into this: it must live as long as they do."""
+
+    def __init__(self, trt: ModuleType, operator: type[Operator], values: Mapping[str, Any]) -> None:
+        # The types are those in which the ONNX parser gives attributes.
+        kinds = {"int": (np.int32, trt.PluginFieldType.INT32), "float": (np.float32, trt.PluginFieldType.FLOAT32)}
+        self.fields = []
+        for attribute in operator.attributes:
+            dtype, kind = kinds[attribute.kind.removesuffix("s")]
+            data = np.atleast_1d(np.asarray(values.get(attribute.name, ()), dtype))
+            self.fields.append(trt.PluginField(attribute.name, data, kind))
+        self.collection = trt.PluginFieldCollection(self.fields)
+
+
+def _plugin_class(trt: ModuleType, operator_class: type[Operator]) -> type[Any]:
+    names = _types(trt)
+    types = {name: kind for kind, name in names.items()}
+    interfaces = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
+
+    class Plugin(*interfaces):  # type: ignore[misc]
+        """TensorRT's calls, in the order in which they come. `clone` and `supports_format_combination` must not raise: TensorRT 1.7 for
+        RTX corrupts its memory then."""
+
+        def __init__(self, plugins: Plugins, operator: Operator) -> None:
+            for interface in interfaces:
+                interface.__init__(self)
+            self.plugin_name = PREFIX + operator_class.name
+            self.plugin_version = VERSION
+            self.plugin_namespace = NAMESPACE
+            self.num_outputs = len(operator_class.outputs)
+            self.plugins = plugins
+            self.operator = operator
+            self.launcher = plugins.launcher
+            self.fields = _Fields(trt, operator_class, operator.values)
+            # Clones share these, as they share what decides them.
+            self.input_types: list[DType] = []
+            self.launches: dict[tuple[tuple[int, ...], ...], list[Launch]] = {}
+
+        def clone(self) -> Any:
+            twin = Plugin(self.plugins, self.operator)
+            twin.__dict__.update(self.__dict__)
+            return twin
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        @_recorded
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            self.input_types[:] = [_name(kind) for kind in input_types]
+            return [types[name] for name in self.operator.output_types(self.input_types)]
+
+        @_recorded
+        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
+            known = [tuple(size.get_constant_value() if size.is_constant() else None for size in dims) for dims in inputs]
+            # TensorRT asks for the types first: what does not fit is refused while the graph is parsed.
+            self.operator.check_inputs([TensorSpec(shape, dtype) for shape, dtype in zip(known, self.input_types, strict=True)])
+            shapes = self.operator.output_shapes([list(dims) for dims in inputs])
+            sizes: dict[int, Any] = {}
+            return [trt.DimsExprs([_dimension(size, sizes, builder) for size in shape]) for shape in shapes]
+
+        def supports_format_combination(self, position: int, tensors: Sequence[Any], num_inputs: int) -> bool:
+            # The types are the graph's, which get_output_data_types accepted: networks are strongly typed.
+            return bool(tensors[position].desc.format == trt.TensorFormat.LINEAR)
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        @_recorded
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            return self.operator.workspace([TensorSpec(tuple(desc.max), _name(desc.desc.type)) for desc in inputs]).bytes
+
+        def get_fields_to_serialize(self) -> Any:
+            return self.fields.collection
+
+        def attach_to_context(self, context: Any) -> Any:
+            return self.clone()
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            pass
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        @_recorded
+        def enqueue(
+            self,
+            input_desc: Sequence[Any],
+            output_desc: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            if self.launcher is None:
+                raise DynaMaskError(f"{self.operator.node} cannot run: its plugin was registered without a launcher, to build with.")
+            shapes = tuple(tuple(desc.dims) for desc in input_desc)
+            if shapes not in self.launches:
+                specs = [TensorSpec(shape, _name(desc.type)) for shape, desc in zip(shapes, input_desc, strict=True)]
+                # Not output_desc: the room for a data-dependent output is its upper bound, which TensorRT does not promise to say.
+                launches = self.operator.launches(specs, self.operator.room(specs))
+                self.launches[shapes] = [launch for launch in launches if 0 not in launch.grid]
+            for launch in self.launches[shapes]:
+                self.launcher(launch, inputs, outputs, workspace, stream)
+
+    def _name(kind: Any) -> DType:
+        if kind not in names:
+            raise DynaMaskError(f"{operator_class.name} takes no tensors of type {kind}.")
+        return names[kind]
+
+    def _dimension(size: Any, sizes: dict[int, Any], builder: Any) -> Any:
+        if isinstance(size, int):
+            return builder.constant(size)
+        if not isinstance(size, DataDependent):
+            return size
+        if size.size_output not in sizes:  # Declared once, however many outputs have it.
+            upper = _dimension(size.upper, sizes, builder)
+            likely = builder.operation(trt.DimensionOperation.CEIL_DIV, upper, builder.constant(2))
+            sizes[size.size_output] = builder.declare_size_tensor(size.size_output, likely, upper)
+        return sizes[size.size_output]
+
+    return Plugin

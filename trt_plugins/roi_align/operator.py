@@ -1,0 +1,124 @@
+"""RoiAlign: what it takes and gives, and its launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec
+
+MOST_LEVELS = 5
+BLOCK_BINS, BLOCK_ITEMS = 32, 512
+"""Bins, and items in all, that a program makes at most: a lane has one bin, whose weights serve its channels, in 64 registers."""
+
+
+class RoiAlign(Operator):
+    """RoIAlign (He et al., ICCV 2017), each RoI on its own level: maps `[1, C, H_l, W_l]`, rois `[n, 4] float32` -> `[n, C, size, size]`.
+
+    Inputs are 1 to 5 maps, all fp32 or all fp16, and the RoIs, xyxy in pixels of the canvas; the output has the maps' type. Sampling is
+    torchvision's `roi_align` with `spatial_scale = 1 / stride` and `sampling_ratio = samples`, in fp32.
+
+    Several maps are consecutive levels from P2 on, and a RoI's is `floor(4 + log2(sqrt(w h) / canonical_size))`, held to those there
+    are (Lin et al., CVPR 2017, Eq. 1); `canonical_size` is in pixels.
+    """
+
+    name = "RoiAlign"
+    attributes = (
+        Attribute("strides", "ints"),
+        Attribute("size", "int"),
+        Attribute("samples", "int"),
+        Attribute("aligned", "int"),
+        Attribute("canonical_size", "float", 0.0),
+    )
+    outputs = ("regions",)
+
+    def check_attributes(self) -> None:
+        """Refuse values that make no sense together.
+
+        Raises:
+            InputError: a size that is not positive, more than 5 strides, or several levels and no canonical size.
+        """
+        strides = self.values["strides"]
+        if not 1 <= len(strides) <= MOST_LEVELS or min(strides) < 1:
+            raise self.refuse(f"strides is {list(strides)}; give one to {MOST_LEVELS}, pixels a cell of each map")
+        for name in ("size", "samples"):
+            if self.values[name] < 1:
+                raise self.refuse(f"{name} is {self.values[name]}; give 1 or more")
+        if self.values["aligned"] not in (0, 1):
+            raise self.refuse(f"aligned is {self.values['aligned']}; give 0 or 1")
+        if len(strides) > 1 and not self.values["canonical_size"] > 0:
+            raise self.refuse(f"canonical_size is {self.values['canonical_size']}; {len(strides)} levels need one, in pixels")
+
+    def check_inputs(self, inputs: Sequence[TensorSpec]) -> None:
+        """Refuse inputs whose number, rank, sizes or types do not fit.
+
+        Raises:
+            InputError: names the node and the input.
+        """
+        levels = len(self.values["strides"])
+        if len(inputs) != levels + 1:
+            raise self.refuse(f"it has {len(inputs)} inputs; {levels} strides ask for {levels} maps, then the RoIs")
+        *maps, rois = inputs
+        first = maps[0]
+        for index, spec in enumerate(maps):
+            if len(spec.shape) != 4 or spec.shape[0] not in (None, 1) or spec.shape[1] is None or spec.shape[1] != first.shape[1]:
+                raise self.refuse(f"map {index} is {spec.shape}; give [1, C, H, W], with the same known C for all maps")
+            if spec.dtype not in ("float32", "float16") or spec.dtype != first.dtype:
+                raise self.refuse(f"map {index} is {spec.dtype}; give float32 or float16, the same for all maps")
+        if len(rois.shape) != 2 or rois.shape[1] != 4 or rois.dtype != "float32":
+            raise self.refuse(f"the RoIs are {rois.shape} {rois.dtype}; give [n, 4] float32")
+
+    def output_types(self, inputs: Sequence[DType]) -> list[DType]:
+        """The maps' type."""
+        return [inputs[0]]
+
+    def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """`[n, C, size, size]`."""
+        return [[inputs[-1][0], inputs[0][1], self.values["size"], self.values["size"]]]
+
+    def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
+        """One, whatever the sizes of the maps and the number of RoIs."""
+        values, levels = self.values, len(self.values["strides"])
+        kind = "*" + TRITON_TYPES[inputs[0].dtype]
+        channels = inputs[0].size(1)
+        block_channels, block_bins = self._block(channels)
+        signature = [(f"x{level}", kind) for level in range(MOST_LEVELS)] + [("rois", "*fp32"), ("regions", kind)]
+        signature += [(f"{side}{level}", "i32") for level in range(MOST_LEVELS) for side in ("height", "width")]
+        constants: list[tuple[str, int | float | bool]] = [("LEVELS", levels)]
+        constants += [(f"SCALE{level}", 1.0 / stride) for level, stride in enumerate(_fill(values["strides"]))]
+        constants += [
+            ("LOG2_CANONICAL", math.log2(values["canonical_size"]) if levels > 1 else 0.0),
+            ("CHANNELS", channels),
+            ("SIZE", values["size"]),
+            ("SAMPLES", values["samples"]),
+            ("ALIGNED", bool(values["aligned"])),
+            ("BLOCK_C", block_channels),
+            ("BLOCK_BINS", block_bins),
+        ]
+        return [KernelSpec("trt_plugins.roi_align.kernel", "roi_align", tuple(signature), tuple(constants))]
+
+    def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
+        """One, of a program for each block of bins and channels of each RoI."""
+        *maps, rois = inputs
+        channels = maps[0].size(1)
+        block_channels, block_bins = self._block(channels)
+        blocks = -(-channels // block_channels) * -(-(self.values["size"] ** 2) // block_bins)
+        pointers = _fill([Buffer("input", index) for index in range(len(maps))])
+        sizes = [spec.size(axis) for spec in _fill(maps) for axis in (2, 3)]
+        arguments = (*pointers, Buffer("input", len(maps)), Buffer("output", 0), *sizes)
+        return [Launch(self.kernels(inputs)[0], (rois.size(0) * blocks, 1, 1), arguments)]
+
+    def _block(self, channels: int) -> tuple[int, int]:
+        """Channels and bins of a program."""
+        bins = min(_power_of_two(self.values["size"] ** 2), BLOCK_BINS)
+        return min(_power_of_two(channels), BLOCK_ITEMS // bins), bins
+
+
+def _fill(levels: Sequence[Any]) -> list[Any]:
+    """The kernel has arguments for the most levels: those there are not repeat the last, and are never chosen."""
+    return [*levels, *[levels[-1]] * (MOST_LEVELS - len(levels))]
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()

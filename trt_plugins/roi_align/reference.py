@@ -1,0 +1,28 @@
+"""RoiAlign in PyTorch: each RoI by torchvision's operator, on its own level."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align as torchvision_roi_align
+
+
+def roi_align(
+    maps: Sequence[Tensor], rois: Tensor, strides: Sequence[int], size: int, samples: int, aligned: bool, canonical_size: float = 0.0
+) -> Tensor:
+    """Maps `[1, C, H_l, W_l]`, rois `[n, 4] float32` xyxy -> `[n, C, size, size]` of the maps' type, computed in fp32."""
+    regions = maps[0].new_empty((len(rois), maps[0].shape[1], size, size))
+    for index, roi in enumerate(rois):
+        level = pyramid_level(roi, len(maps), canonical_size) if len(maps) > 1 else 0
+        regions[index] = torchvision_roi_align(maps[level].float(), [roi[None]], size, 1.0 / strides[level], samples, aligned)[0]
+    return regions
+
+
+def pyramid_level(roi: Tensor, levels: int, canonical_size: float) -> int:
+    """The index of a RoI's level, `[4] float32` -> 0..levels - 1, in fp32 as `dynamask.roi.pyramid_level` has it."""
+    side = torch.sqrt(((roi[2] - roi[0]) * (roi[3] - roi[1])).clamp(min=1e-6))
+    level = torch.floor(4 + torch.log2(side) - math.log2(canonical_size) + 1e-6)
+    return int(level.clamp(2, levels + 1)) - 2

@@ -1,0 +1,92 @@
+"""TensorRT's Python module, imported when it is needed."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import importlib.util
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from runtime.errors import InputError
+
+TensorRTTarget = Literal["tensorrt-rtx", "tensorrt"]
+
+_MODULES: dict[str, tuple[str, ...]] = {
+    # The second is what the first re-exports; its wheels install where the first, a source package, may not.
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+    "tensorrt": ("tensorrt",),
+}
+_INSTALL = {
+    "tensorrt-rtx": "needs TensorRT for RTX, which is not installed; run pip install tensorrt-rtx-cu13",
+    "tensorrt": "needs TensorRT, which is not installed; run pip install tensorrt, "
+    "or on a Jetson take JetPack's: make the environment with python -m venv --system-site-packages",
+}
+
+
+def load(target: TensorRTTarget) -> ModuleType:
+    """TensorRT's Python module for a target: `tensorrt_rtx` or `tensorrt`, which share the API that this project uses.
+
+    It is a plain module, typed by nothing: the stubs that exist for `tensorrt` hold syntax errors.
+
+    Raises:
+        InputError: it is not installed or does not load, or TensorRT for RTX would abort this process at the first plugin.
+    """
+    name = next((name for name in _MODULES[target] if _is_installed(name)), None)
+    if name is None:
+        raise InputError(f"The target {target} {_INSTALL[target]}.")
+    if target == "tensorrt-rtx":
+        _name_library()
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise InputError(f"The target {target} is installed but does not load ({error}); install {name} again.") from error
+
+
+def _is_installed(name: str) -> bool:
+    # Type stubs alone make a folder of that name, which Python imports as an empty namespace: it has no origin.
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+def _name_library() -> None:
+    """Let TensorRT for RTX find itself as `libtensorrt_rtx.so`.
+
+    Its ONNX parser opens that name the moment a plugin is created; the wheel ships `libtensorrt_rtx.so.1` alone, and where the name
+    is not found the process is aborted. The libraries search the folder they were loaded from ($ORIGIN): a link there is enough.
+    Where the wheel's folder cannot be written, they are loaded through links in a folder of our own, before Python's module loads them.
+    """
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    if spec is None or spec.origin is None:
+        return  # Not from wheels: NVIDIA's archives hold the name.
+    folder = Path(spec.origin).parent
+    link = folder / "libtensorrt_rtx.so"
+    libraries = sorted(folder.glob("libtensorrt*_rtx.so.*"), reverse=True)
+    library = next((file for file in libraries if file.name.startswith(f"{link.name}.")), None)
+    if library is None or link.exists():
+        return
+    try:
+        link.symlink_to(library.name)
+    except OSError:  # A read-only folder, or another process was faster.
+        if not link.exists():
+            _load_through_links(link, library, libraries)
+
+
+def _load_through_links(link: Path, library: Path, libraries: list[Path]) -> None:
+    way_out = f"run ln -s {library.name} {link} as the owner of that folder"
+    if "tensorrt_rtx_bindings" in sys.modules:
+        raise InputError(f"{link} is missing, without which TensorRT for RTX aborts, and tensorrt_rtx was imported before; {way_out}.")
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="dynamask-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        for name, file in [(link.name, library), *((file.name, file) for file in libraries)]:
+            (folder / name).symlink_to(file)
+        for file in libraries:  # "libtensorrt_rtx" comes before "libtensorrt_onnxparser_rtx", which needs it.
+            ctypes.CDLL(str(folder / file.name))
+    except OSError as error:
+        raise InputError(f"{link} is missing, without which TensorRT for RTX aborts ({error}); {way_out}.") from error
