@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -127,10 +127,14 @@ def _session(bundle: Bundle, name: str, options: Any) -> Any:
         ) from error
 
 
-def build(bundle: Bundle) -> EngineEntry:
+def build(bundle: Bundle, precision: str = "fp32", convert: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None) -> EngineEntry:
     """Cut the bundle's graph into detector and mask branch, and add both to the bundle as its `onnxruntime` engine.
 
     Where the installed ONNX Runtime has no `DeformConv`, its nodes are replaced by standard operators.
+
+    Args:
+        precision: of the weights, as the manifest will name it.
+        convert: makes it so; takes each of the two parts, and keeps the types of its inputs and outputs.
 
     Raises:
         InputError: onnx is not installed, or the model is damaged or lacks the graph's tensors.
@@ -152,9 +156,9 @@ def build(bundle: Bundle) -> EngineEntry:
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in parts}
         for name, part in parts.items():
-            onnx.save(part, files[name])
+            onnx.save(convert(part) if convert else part, files[name])
             _check_loads(files[name])
-        return bundle.add_engine(TARGET, files, "fp32", {"onnxruntime": ort.__version__, "onnx": onnx.__version__})
+        return bundle.add_engine(TARGET, files, precision, {"onnxruntime": ort.__version__, "onnx": onnx.__version__})
 
 
 def _load(path: Path) -> onnx.ModelProto:

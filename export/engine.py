@@ -1,0 +1,194 @@
+"""Builds engines into a bundle: for ONNX Runtime, the graph cut in two; for TensorRT, one engine and the kernels of its plugins.
+
+Engines are for one image at a time on the bundle's canvas; the number of instances is decided on the device, image by image. Needs neither
+PyTorch nor, for TensorRT for RTX, a GPU.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import importlib.metadata
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+
+import dynamask
+import trt_plugins
+from export.lowering import Lowered, lower
+from export.precision import emulate_fp16, to_fp16
+from export.serialized_engine import Progress, build_serialized
+from runtime.bundle import MODEL, Bundle, EngineEntry
+from runtime.cuda import Driver, open_driver
+from runtime.errors import InputError
+from runtime.targets.base import check_target
+from runtime.targets.tensorrt import ENGINE
+from trt_plugins.aot import compile_kernels
+from trt_plugins.kernels import COMPUTE_CAPABILITIES, KernelLibrary
+from trt_plugins.tensorrt import TensorRTTarget, load
+
+PRECISIONS = ("fp32", "fp16")
+INPUTS = "inputs"
+"""Where an engine's versions hold the digest of all that it was built from."""
+
+
+def build_engine(
+    bundle: str | os.PathLike[str],
+    target: str,
+    precision: str = "fp32",
+    capabilities: Sequence[str] = (),
+    progress: Progress = lambda phase, done, total: None,
+) -> dict[str, Any]:
+    """Build the engine of a bundle for a target, in place of an earlier one.
+
+    Args:
+        bundle: its folder.
+        target: `onnxruntime`, `tensorrt-rtx`, `tensorrt`.
+        precision: `fp32` (without TF32) or `fp16` (`export.precision`); for `onnxruntime` fp16 rounds as on a GPU, to measure what that
+            costs, and is not faster.
+        capabilities: compute capabilities to compile kernels for (`8.9`); by default that of the GPU at hand, and without one all of
+            `COMPUTE_CAPABILITIES`. Engines for `tensorrt` are made on their GPU and for it.
+
+    Returns:
+        `engine` (its folder), `bytes` of its files, `seconds`, `target`, `precision`, `versions`, `plugins` (names of operators, sorted),
+        `plugin_nodes` (name -> how many), `rewrites` (`name`, `count`, `why`), `kernels` (`kernel`, `compute_capability`, `registers`,
+        `spills` and `shared` in bytes), `reused` (nothing has changed since it was built, and it was left as it is).
+
+    Raises:
+        InputError: the bundle is missing, damaged or of an earlier version; no such target, precision or compute capability; a library or,
+            for `tensorrt`, a GPU is missing.
+        DynaMaskError: a kernel does not compile, the target does not take the graph, or the engine could not be written.
+    """
+    start = time.perf_counter()
+    check_target(target)
+    if precision not in PRECISIONS:
+        raise InputError(f"{precision} is not a precision that engines are built in; take {' or '.join(PRECISIONS)}.")
+    opened = Bundle.open(bundle)
+    if target == "onnxruntime":
+        entry, details = _build_onnxruntime(opened, precision, capabilities)
+    else:
+        entry, details = _build_tensorrt(opened, cast(TensorRTTarget, target), precision, capabilities, progress)
+    return {
+        "engine": str(Path(bundle, "engines", target)),
+        "bytes": sum(file.bytes for file in entry.files.values()),
+        "seconds": time.perf_counter() - start,
+        "target": target,
+        "precision": entry.precision,
+        "versions": entry.versions,
+        **details,
+    }
+
+
+def _build_onnxruntime(bundle: Bundle, precision: str, capabilities: Sequence[str]) -> tuple[EngineEntry, dict[str, Any]]:
+    from runtime.targets.onnxruntime import build
+
+    if capabilities:
+        raise InputError(
+            f"The target onnxruntime runs on the CPU, whatever the compute capability ({', '.join(capabilities)}); leave it out."
+        )
+    entry = build(bundle, precision, (lambda part: emulate_fp16(to_fp16(part))) if precision == "fp16" else None)
+    return entry, {"plugins": [], "plugin_nodes": {}, "rewrites": [], "kernels": [], "reused": False}
+
+
+def _build_tensorrt(
+    bundle: Bundle, target: TensorRTTarget, precision: str, capabilities: Sequence[str], progress: Progress
+) -> tuple[EngineEntry, dict[str, Any]]:
+    trt = load(target)
+    driver = _driver(target)
+    capabilities = _compute_capabilities(capabilities, driver)
+    lowered = lower(_read_graph(bundle, precision))
+    versions = {target: trt.__version__, **_versions()}
+    versions[INPUTS] = _digest(lowered.model, precision, capabilities, versions)
+    entry = _unchanged(bundle, target, versions)
+    reused = entry is not None
+    if entry is not None:
+        library = _library(bundle, target, entry)
+    else:
+        specs = [spec for placed in lowered.operators for spec in placed.operator.kernels(placed.inputs)]
+        library = compile_kernels(specs, capabilities, progress=lambda done, total: progress("Compiling kernels", done, total))
+        with tempfile.TemporaryDirectory(prefix="dynamask-") as folder:
+            model, engine = Path(folder, MODEL), Path(folder, ENGINE)
+            onnx.save(lowered.model, model)
+            build_serialized(target, model, engine, library, progress)
+            entry = bundle.add_engine(target, {ENGINE: engine, **library.to_files()}, precision, versions)
+    return entry, {**_details(lowered, library), "reused": reused}
+
+
+def _details(lowered: Lowered, library: KernelLibrary) -> dict[str, Any]:
+    nodes = collections.Counter(placed.operator.name for placed in lowered.operators)
+    figures = {"compute_capability", "registers", "spills", "shared"}
+    return {
+        "plugins": sorted(nodes),
+        "plugin_nodes": dict(sorted(nodes.items())),
+        "rewrites": [asdict(rewrite) for rewrite in lowered.rewrites],
+        "kernels": [{"kernel": kernel.key, **kernel.model_dump(include=figures)} for kernel in library.kernels],
+    }
+
+
+def _read_graph(bundle: Bundle, precision: str) -> onnx.ModelProto:
+    path = bundle.path / MODEL
+    try:
+        model = onnx.load(path)
+    except Exception as error:  # protobuf's and onnx's exceptions share no public base.
+        raise InputError(f"{path} could not be read as ONNX ({str(error).splitlines()[0]}); export the bundle again.") from error
+    return to_fp16(model) if precision == "fp16" else model
+
+
+def _driver(target: TensorRTTarget) -> Driver | None:
+    try:
+        return open_driver()
+    except InputError:
+        if target == "tensorrt":
+            raise
+        return None
+
+
+def _compute_capabilities(given: Sequence[str], driver: Driver | None) -> list[str]:
+    for capability in given:
+        if not re.fullmatch(r"\d+\.\d", capability) or float(capability) < 8:
+            raise InputError(f"{capability} is not a compute capability to compile for; give 8.0 or later, as 8.9.")
+    if given:
+        return sorted(set(given), key=float)
+    return list(COMPUTE_CAPABILITIES) if driver is None else [driver.compute_capability]
+
+
+def _versions() -> dict[str, str]:
+    return {"dynamask": dynamask.__version__, **{package: _version(package) for package in ("triton", "onnx", "onnx-graphsurgeon")}}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(f"Engines for TensorRT are built with {package}, which is not installed; run pip install {package}.") from None
+
+
+def _digest(model: onnx.ModelProto, precision: str, capabilities: Sequence[str], versions: dict[str, str]) -> str:
+    """Of all that decides an engine: the lowered graph, what was asked for, the versions, and the sources of plugins and builder."""
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True))
+    digest.update(repr((precision, list(capabilities), sorted(versions.items()))).encode())
+    for file in [*sorted(Path(__file__).parent.glob("*engine.py")), *sorted(Path(trt_plugins.__path__[0]).rglob("*.py"))]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _unchanged(bundle: Bundle, target: str, versions: dict[str, str]) -> EngineEntry | None:
+    """The engine that is there, if it is whole and was built from the same."""
+    try:
+        entry = bundle.engine(target)
+    except InputError:
+        return None
+    return entry if entry.versions == versions else None
+
+
+def _library(bundle: Bundle, target: str, entry: EngineEntry) -> KernelLibrary:
+    prefix = f"engines/{target}/"
+    names = [name.removeprefix(prefix) for name in entry.files]
+    return KernelLibrary.from_files({name: (bundle.path / prefix / name).read_bytes() for name in names if name != ENGINE})
