@@ -74,6 +74,25 @@ def prepare(
     return result
 
 
+@app.command("prepare")
+def prepare_miniature(
+    kind: Annotated[str, typer.Argument(help="The layout: coco, lvis or cityscapes.")],
+    folder: Annotated[Path, typer.Argument(help="Where it goes; for --set data.root=FOLDER.")],
+    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+) -> None:
+    """Write a miniature of COCO 2017, LVIS v1 or Cityscapes, of generated shapes, to try a whole run.
+
+    Example: dynamask data prepare cityscapes miniature
+    """
+    from dynamask.data.miniatures import write_miniature
+    from runtime.files import write_json
+
+    result = write_miniature(kind, folder)
+    if json is not None:
+        write_json(json, result)
+    typer.echo(result["root"])
+
+
 def parse_size(size: str) -> tuple[int, int]:
     """`"320x480"` as (height, width).
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from cli.ablate import ablate
 from cli.bench import app as bench
 from cli.build_engine import build_engine
 from cli.data import app as data
@@ -62,6 +63,7 @@ app.command(rich_help_panel="Run")(stream)
 app.command(rich_help_panel="Measure")(validate)
 app.add_typer(bench, name="bench", rich_help_panel="Measure")
 app.command(rich_help_panel="Measure")(flops)
+app.command(rich_help_panel="Measure")(ablate)
 
 
 def _print_version(asked: bool) -> None:

@@ -61,18 +61,32 @@ class ModelConfig(_Strict):
     nms_threshold: float = 0.5
     frozen_stages: int = 2
     """Backbone stages without gradient: 0 none, 1 the stem, 2 also the first stage."""
+    mask_head: Literal["dynamask", "maskrcnn"] = "dynamask"
+    """`maskrcnn`: Mask R-CNN's plain head at `mask_grid`, the baseline of Table 1 (`dynamask/baselines.py`)."""
+    mask_grid: Literal[14, 28, 56, 112] | None = None
+    """The one grid of a `maskrcnn` head."""
+    fusion: Literal["fam", "one_deform", "conv", "add"] = "fam"
+    """What the stages of the r-FPN fuse with: the paper's module, or one that it is compared with (`dynamask/fam.py`)."""
+    pyramid: Literal["fpn", "panet", "bifpn"] = "fpn"
+    """What the i-FPN goes through before the stages crop from it (Table 11)."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        if (self.mask_head == "maskrcnn") != (self.mask_grid is not None):
+            raise ValueError("mask_grid is given with mask_head maskrcnn, and with no other head")
+        if self.mask_head == "maskrcnn" and (self.fusion, self.pyramid) != ("fam", "fpn"):
+            raise ValueError("fusion and pyramid belong to the r-FPN, which a maskrcnn head has not")
         if any(side % 32 or side < 64 for side in self.canvas):
             raise ValueError(f"canvas {self.canvas} must be multiples of 32, 64 at least")
         return self
 
 
 class DataConfig(_Strict):
-    """What is learnt from and judged on: COCO files, or `shapes`, generated when the run starts."""
+    """What is learnt from and judged on: COCO files, a published data set by its folder, or `shapes`, generated when the run starts."""
 
-    kind: Literal["shapes", "coco"] = "shapes"
+    kind: Literal["shapes", "coco", "lvis", "cityscapes"] = "shapes"
+    root: Path | None = None
+    """The folder of COCO 2017, LVIS v1 or Cityscapes, laid out as published (docs/training.md); for `coco`, in place of the four paths."""
     train_annotations: Path | None = None
     train_images: Path | None = None
     val_annotations: Path | None = None
@@ -82,9 +96,26 @@ class DataConfig(_Strict):
     shapes_val: int = 200
     shapes_seed: int = 0
     scale_jitter: tuple[float, float] = (0.8, 1.0)
-    """Range of the image's scale relative to the canvas, sampled per image in training."""
+    """Range of the image's scale relative to the canvas, sampled per image in training; what exceeds the canvas is cropped, at random."""
     flip: bool = True
+    copy_paste: float = Field(default=0.0, ge=0, le=1)
+    """Probability that instances of another image are pasted on an image in training (`dynamask/data/augment.py`)."""
+    portrait_batches: bool = False
+    """In training, collect images that lie across the canvas in batches of their own, on the transposed canvas (kind `coco`)."""
     workers: int = 0
+
+    @model_validator(mode="after")
+    def _check_jitter(self) -> DataConfig:
+        if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
+            raise ValueError(f"scale_jitter {self.scale_jitter} must be two rising positive numbers")
+        return self
+
+    @model_validator(mode="after")
+    def _check_source(self) -> DataConfig:
+        files = (self.train_annotations, self.train_images, self.val_annotations, self.val_images)
+        if any(file is not None for file in files) and (self.root is not None or self.kind in ("lvis", "cityscapes")):
+            raise ValueError("root takes the place of the annotations and images of each part: give only one of the two")
+        return self
 
 
 class TrainConfig(_Strict):
@@ -121,6 +152,8 @@ class TrainConfig(_Strict):
     evaluate_every: float = 1.0
     """Epochs between evaluations; 0 evaluates only at the end."""
     evaluate_images: int = 100
+    pictures: int = Field(default=4, ge=0, le=4)
+    """Validation images drawn at each evaluation, beside the training curves (docs/training.md); 0 draws nothing."""
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
 
@@ -133,6 +166,12 @@ class Config(_Strict):
     train: TrainConfig = Field(default_factory=TrainConfig)
     weights: str = "imagenet"
     """`imagenet`, `none`, or a file: backbone weights (`.pth`, `.safetensors`) or a DynaMask checkpoint."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.model.mask_head == "maskrcnn" and self.train.switch_epochs > 0:
+            raise ValueError("train.switch_epochs trains the MSM, which a maskrcnn head has not: set it to 0")
+        return self
 
 
 R50 = ModelConfig()

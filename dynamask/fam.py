@@ -1,6 +1,8 @@
-"""Feature Aggregation Module (paper, Figure 3): aligns the r-FPN's feature to the i-FPN's crop and fuses them."""
+"""Feature Aggregation Module (paper, Figure 3): aligns the r-FPN's feature to the i-FPN's crop and fuses them; and simpler fusions."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,69 @@ class FeatureAggregation(nn.Module):
         gaussian(0.0, self.align_offset, self.attend_offset)
 
     def forward(self, region: Tensor, crop: Tensor) -> Tensor:
-        region = F.interpolate(self.reduce(region), scale_factor=2.0, mode="bilinear", align_corners=False)
+        region = upsampled(self.reduce(region))
         aligned = F.relu(self.align(region, self.align_offset(torch.cat([region, crop], dim=1))))
         fused = F.relu(self.fuse(torch.cat([aligned, crop], dim=1)))
         return F.relu(fused + self.attend(fused, self.attend_offset(fused)))
+
+
+class AlignedFusion(nn.Module):
+    """The FAM without its second deformable convolution: aligned and fused, but with no attention."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(inputs, channels, 1)
+        self.align_offset = nn.Conv2d(2 * channels, 2 * TAPS, 3, padding=1)
+        self.align = DeformConv2d(channels, channels)
+        self.fuse = nn.Conv2d(2 * channels, channels, 1)
+        kaiming(self.reduce, self.fuse)
+        gaussian(0.0, self.align_offset)
+
+    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
+        region = upsampled(self.reduce(region))
+        aligned = F.relu(self.align(region, self.align_offset(torch.cat([region, crop], dim=1))))
+        return F.relu(self.fuse(torch.cat([aligned, crop], dim=1)))
+
+
+class ConvolutionFusion(nn.Module):
+    """The FAM with ordinary 3 x 3 convolutions in place of both deformable ones, and so without offsets."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(inputs, channels, 1)
+        self.align = nn.Conv2d(channels, channels, 3, padding=1)
+        self.fuse = nn.Conv2d(2 * channels, channels, 1)
+        self.attend = nn.Conv2d(channels, channels, 3, padding=1)
+        kaiming(self.reduce, self.align, self.fuse, self.attend)
+
+    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
+        aligned = F.relu(self.align(upsampled(self.reduce(region))))
+        fused = F.relu(self.fuse(torch.cat([aligned, crop], dim=1)))
+        return F.relu(fused + self.attend(fused))
+
+
+class AdditiveFusion(nn.Module):
+    """The fusion of an FPN (Lin et al., CVPR 2017): both features added, then a 3 x 3 convolution."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(inputs, channels, 1)
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        kaiming(self.reduce, self.smooth)
+
+    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
+        return F.relu(self.smooth(upsampled(self.reduce(region)) + crop))
+
+
+def upsampled(region: Tensor) -> Tensor:
+    """Twice the resolution, bilinear: `[N, C, S, S] -> [N, C, 2S, 2S]`."""
+    return F.interpolate(region, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+FUSIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "fam": FeatureAggregation,
+    "one_deform": AlignedFusion,
+    "conv": ConvolutionFusion,
+    "add": AdditiveFusion,
+}
+"""`model.fusion` -> a stage's module, made from its numbers of input and output channels."""

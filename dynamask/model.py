@@ -15,7 +15,9 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from dynamask.backbone import build_backbone
+from dynamask.baselines import PYRAMIDS, MaskRCNNConvolutions, MaskRCNNPredictor, OneGrid
 from dynamask.config import GRIDS, Config
+from dynamask.fam import FUSIONS
 from dynamask.flops import grid_gmacs
 from dynamask.losses import (
     edge_target,
@@ -35,25 +37,38 @@ LARGEST_PAPER_COST = 1.4
 
 
 class MaskBranch(nn.Module):
-    """Everything that runs once an instance: r-FPN, heads and MSM.
+    """Everything that runs once an instance: r-FPN, heads and MSM, or what stands in their places where the head is Mask R-CNN's.
 
-    `canonical_size` is the side, in pixels, of a box that takes its 14 x 14 feature from P4.
+    `region_size` is the side of the RoI feature, 14, or half a Mask R-CNN head's grid; `canonical_size` the side, in pixels, of a box
+    that takes it from P4.
     """
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__()
         model = config.model
         self.pyramid_channels, self.stage_channels = model.fpn_channels, model.stage_channels
-        self.rfpn = RegionFPN(model.fpn_channels, model.stage_channels)
-        self.heads = GridHeads(model.stage_channels, classes, model.class_agnostic_largest)
-        self.msm = MaskSwitch(model.fpn_channels)
+        self.rfpn: RegionFPN | MaskRCNNConvolutions
+        self.heads: GridHeads | MaskRCNNPredictor
+        self.msm: MaskSwitch | OneGrid
+        if model.mask_grid is None:
+            self.region_size = GRIDS[0]
+            pyramid = PYRAMIDS[model.pyramid](model.fpn_channels) if model.pyramid != "fpn" else None
+            self.rfpn = RegionFPN(model.fpn_channels, model.stage_channels, FUSIONS[model.fusion], pyramid)
+            self.heads = GridHeads(model.stage_channels, classes, model.class_agnostic_largest)
+            self.msm = MaskSwitch(model.fpn_channels)
+        else:
+            self.region_size = model.mask_grid // 2
+            outputs = 1 if model.class_agnostic_largest and model.mask_grid == GRIDS[-1] else classes
+            self.rfpn = MaskRCNNConvolutions(model.fpn_channels)
+            self.heads = MaskRCNNPredictor(model.fpn_channels, outputs, model.mask_grid)
+            self.msm = OneGrid(model.mask_grid)
         self.canonical_size = 7.0 * model.anchor_sizes[0]
         self.costs: Tensor
         self.register_buffer("costs", torch.tensor(grid_gmacs(self)), persistent=False)
 
     def region(self, pyramid: Sequence[Tensor], rois: Tensor) -> Tensor:
-        """The RoI feature `[N, C, 14, 14]` on each instance's own level, input of L_tiny and of the MSM."""
-        return pyramid_roi_align(pyramid[:4], rois, GRIDS[0], self.canonical_size)
+        """The RoI feature `[N, C, S, S]` on each instance's own level, S the `region_size`: input of L_tiny and of the MSM."""
+        return pyramid_roi_align(pyramid[:4], rois, self.region_size, self.canonical_size)
 
     def all_grids(self, pyramid: Sequence[Tensor], rois: Tensor, region: Tensor) -> list[Tensor]:
         """The features of all four grids for every instance, `[N, C_k, G_k, G_k]` each: what training needs."""
@@ -69,7 +84,7 @@ class DynaMask(nn.Module):
 
     In training mode, `model(images [B, 3, H, W], targets)` returns the losses, weighted as in Eq. 7 and to be summed; `phase` 1 trains
     without the MSM, at all grids, `phase` 2 trains everything, `phase` 3 the MSM alone. `statistics` then holds the step's share of each
-    grid and mean cost.
+    grid and mean cost. A Mask R-CNN head has one mask loss, the same in phases 1 and 2.
     `dynamask.inference` runs it.
     """
 
@@ -118,7 +133,10 @@ class DynaMask(nn.Module):
             proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
             losses = dict(losses)
             losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
-            region, mask, edge = self._grid_losses(pyramid, proposals, matched, labels, targets)
+            rois, classes, masks = self._mask_samples(proposals, matched, labels, targets)
+            if isinstance(self.mask_branch.heads, MaskRCNNPredictor):
+                return losses | self._one_grid_loss(self.mask_branch.heads, pyramid, rois, classes, masks)
+            region, mask, edge = self._grid_losses(self.mask_branch.heads, pyramid, rois, classes, masks)
         if self.phase == 1:
             return losses | self._all_grid_losses(mask, edge)
         switched = self._switched_losses(self.mask_branch.msm(region), mask, edge)
@@ -140,30 +158,39 @@ class DynaMask(nn.Module):
         classifier, box = fastrcnn_loss(logits, deltas, labels, regression)
         return classifier, box
 
-    def _grid_losses(
-        self,
-        pyramid: Sequence[Tensor],
-        proposals: list[Tensor],
-        matched: list[Tensor],
-        labels: list[Tensor],
-        targets: list[dict[str, Tensor]],
+    def _mask_samples(
+        self, proposals: list[Tensor], matched: list[Tensor], labels: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid."""
+        """The positives that reach the mask branch: RoIs `[N, 5]`, classes `[N]` from 0, and masks `[N, H, W]`."""
         limit = self.config.model.mask_rois_per_image
         kept = [torch.nonzero(label > 0)[:, 0] for label in labels]
         kept = [index[torch.randperm(len(index), device=index.device)[:limit]] for index in kept]
         rois = batch_rois([p[i] for p, i in zip(proposals, kept, strict=True)])
         classes = torch.cat([label[i] for label, i in zip(labels, kept, strict=True)]) - 1
         masks = [t["masks"][m[i]] for t, m, i in zip(targets, matched, kept, strict=True)]
+        return rois, classes, torch.cat(masks)
 
-        branch = self.mask_branch
-        region = branch.region(pyramid, rois)
-        features = branch.all_grids(pyramid, rois, region)
-        mask_targets = grid_targets(torch.cat(masks), rois)
-        mask = grid_cross_entropy([branch.heads.mask_logits(k, x, classes) for k, x in enumerate(features)], mask_targets)
+    def _grid_losses(
+        self, heads: GridHeads, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, masks: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid."""
+        region = self.mask_branch.region(pyramid, rois)
+        features = self.mask_branch.all_grids(pyramid, rois, region)
+        mask_targets = grid_targets(masks, rois)
+        mask = grid_cross_entropy([heads.mask_logits(k, x, classes) for k, x in enumerate(features)], mask_targets)
         edge_targets = [edge_target(t) for t in mask_targets]
-        edge = grid_cross_entropy([branch.heads.edge_logits(k, x) for k, x in enumerate(features)], edge_targets)
+        edge = grid_cross_entropy([heads.edge_logits(k, x) for k, x in enumerate(features)], edge_targets)
         return region, mask, edge
+
+    def _one_grid_loss(
+        self, predictor: MaskRCNNPredictor, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, masks: Tensor
+    ) -> dict[str, Tensor]:
+        """Mask R-CNN's mask loss: the cross-entropy at the head's own grid, the mean over its cells and the instances."""
+        index = GRIDS.index(predictor.grid)
+        feature = self.mask_branch.rfpn.tiny(self.mask_branch.region(pyramid, rois))
+        loss = grid_cross_entropy([predictor.mask_logits(index, feature, classes)], [grid_targets(masks, rois)[index]])
+        self.statistics = {f"mask_{predictor.grid}": float(loss.detach().mean())}
+        return {"loss_mask": switched_loss(torch.ones_like(loss), loss)}
 
     def _all_grid_losses(self, mask: Tensor, edge: Tensor) -> dict[str, Tensor]:
         """Phase 1: Eq. 3 and 4 with every grid switched on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,21 @@ class RegionFPN(nn.Module):
     """r-FPN: `tiny` makes L_tiny from the RoI feature, `stage(k, …)` makes the feature of grid `GRIDS[k]` from that of `GRIDS[k - 1]`.
 
     The i-FPN levels that the stages need are reduced to the stages' channels on the pyramid, once an image (`lateral`).
+
+    Args:
+        pyramid_channels: of the i-FPN.
+        channels: of the four grids' features.
+        fusion: makes the module of a stage from its numbers of input and output channels (`dynamask.fam`).
+        pyramid: P2..P5 -> the levels that the stages crop from (`dynamask.baselines`); the i-FPN's own where None.
     """
 
-    def __init__(self, pyramid_channels: int, channels: Sequence[int]) -> None:
+    def __init__(
+        self,
+        pyramid_channels: int,
+        channels: Sequence[int],
+        fusion: Callable[[int, int], nn.Module] = FeatureAggregation,
+        pyramid: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.tiny = nn.Sequential(
             nn.Conv2d(pyramid_channels, channels[0], 3, padding=1),
@@ -32,11 +44,14 @@ class RegionFPN(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.laterals = nn.ModuleList(nn.Conv2d(pyramid_channels, c, 1) for c in channels[1:])
-        self.stages = nn.ModuleList(FeatureAggregation(channels[k], channels[k + 1]) for k in range(3))
+        self.stages = nn.ModuleList(fusion(channels[k], channels[k + 1]) for k in range(3))
         kaiming(self.tiny, self.laterals)
+        self.pyramid = pyramid
 
     def lateral(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
         """P2..P5 `[B, C, H_l, W_l]` -> the maps that stages 1, 2, 3 crop from, at their channels (P4, P3, P2)."""
+        if self.pyramid is not None:
+            pyramid = self.pyramid(pyramid)
         return [F.relu(layer(pyramid[level - 2])) for layer, level in zip(self.laterals, STAGE_LEVELS, strict=True)]
 
     def stage(self, k: int, region: Tensor, lateral: Tensor, rois: Tensor) -> Tensor:
@@ -62,15 +77,23 @@ class GridHeads(nn.Module):
 
     def mask_logits(self, k: int, features: Tensor, labels: Tensor) -> Tensor:
         """The logits `[N, G, G]` of each instance's own class (`labels [N]`, from 0), and of no other."""
-        _, channels, height, width = features.shape
         layer: nn.Conv2d = self.masks[k]  # type: ignore[assignment]
-        rows = labels if layer.out_channels > 1 else torch.zeros_like(labels)
-        weight = layer.weight.view(layer.out_channels, 1, channels).index_select(0, rows)
-        bias = layer.bias.index_select(0, rows)[:, None, None]  # type: ignore[union-attr]
-        logits = torch.matmul(weight, features.flatten(2)) + bias
-        return logits.reshape(-1, height, width)
+        return own_class_logits(layer, features, labels)
 
     def edge_logits(self, k: int, features: Tensor) -> Tensor:
         """Edge logits `[N, G, G]`."""
         edges: Tensor = self.edges[k](features)
         return edges[:, 0]
+
+
+def own_class_logits(layer: nn.Conv2d, features: Tensor, labels: Tensor) -> Tensor:
+    """The 1 x 1 convolution `layer` on features `[N, C, G, G]`, for the row of each instance's class alone: `[N, G, G]`.
+
+    `labels [N]` count from 0; a layer of one row is that of all classes.
+    """
+    _, channels, height, width = features.shape
+    rows = labels if layer.out_channels > 1 else torch.zeros_like(labels)
+    weight = layer.weight.view(layer.out_channels, 1, channels).index_select(0, rows)
+    bias = layer.bias.index_select(0, rows)[:, None, None]  # type: ignore[union-attr]
+    logits = torch.matmul(weight, features.flatten(2)) + bias
+    return logits.reshape(-1, height, width)

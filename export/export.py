@@ -53,6 +53,8 @@ def export_bundle(
     """
     model, trained = read_model(checkpoint, canvas)
     config = model.config.model
+    if config.mask_head != "dynamask":
+        raise InputError(f"{checkpoint} has a Mask R-CNN head, a baseline to train and judge only: export a DynaMask.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, MODEL)
         operators = export_graph(model, file, config.canvas)

@@ -1,14 +1,19 @@
-"""COCO average precision of boxes, masks and mask boundaries, from plain COCO structures."""
+"""Average precision of boxes, masks and mask boundaries by the rules of COCO and LVIS, from plain COCO structures."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Metrics = dict[str, "float | None"]
 
 _NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
+_FREQUENCIES = {"AP_r": "APr", "AP_c": "APc", "AP_f": "APf"}
+"""Our names of AP over rare, common and frequent classes, and the engine's."""
+_LVIS_DETECTIONS = 300
+"""LVIS's limit per image, over all classes; COCO's is one per image and class."""
 _BOUNDARY_DILATION = 0.02
 """Width of the boundary band as a share of the image's diagonal (Cheng et al., Boundary IoU, 2021)."""
 
@@ -21,6 +26,10 @@ def evaluate_coco(
 ) -> dict[str, Metrics]:
     """Average precision by COCO's rules: IoU 0.50:0.95, at most 100 detections an image, areas split at 32² and 96² pixels.
 
+    A data set whose images have `neg_category_ids` and whose categories have a `frequency` is LVIS, annotated by federation, and judged
+    by its rules (Gupta et al., LVIS, 2019, section 2): detections of classes that the image neither is annotated with nor lists as absent
+    do not count, unmatched ones of its `not_exhaustive_category_ids` are no errors, and an image may have 300 detections.
+
     Neither argument is changed and nothing is printed. Annotations with no area at all (an empty polygon) are left out.
 
     Args:
@@ -30,7 +39,8 @@ def evaluate_coco(
         image_ids: judge on these images alone; all of the data set's by default.
 
     Returns:
-        By IoU type, `AP AP50 AP75 AP_S AP_M AP_L`, times 100; None where the data set holds nothing to judge on.
+        By IoU type, `AP AP50 AP75 AP_S AP_M AP_L`, of LVIS also `AP_r AP_c AP_f` (rare, common, frequent classes), times 100; None where
+        the data set holds nothing to judge on.
     """
     images = {image["id"]: image for image in ground_truth["images"]}
     chosen = set(images) if image_ids is None else set(image_ids) & set(images)
@@ -40,7 +50,26 @@ def evaluate_coco(
         "annotations": _annotations(ground_truth, images, chosen, rasterise=any(kind != "bbox" for kind in iou_types)),
     }
     found = [detection for detection in detections if detection["image_id"] in chosen]
+    if _is_lvis(truth):
+        return {kind: _average_precision(truth, _best_by_image(found), kind, lvis=True) for kind in iou_types}
     return {kind: _average_precision(truth, found, kind) for kind in iou_types}
+
+
+def _is_lvis(truth: Mapping[str, Any]) -> bool:
+    images, categories = truth["images"], truth["categories"]
+    return all("neg_category_ids" in image for image in images) and all("frequency" in category for category in categories)
+
+
+def _best_by_image(detections: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """LVIS's `limit_dets_per_image`: the highest scores of each image, whatever their classes."""
+    by_image: defaultdict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for detection in detections:
+        by_image[detection["image_id"]].append(detection)
+    return [best for found in by_image.values() for best in sorted(found, key=_score, reverse=True)[:_LVIS_DETECTIONS]]
+
+
+def _score(detection: Mapping[str, Any]) -> float:
+    return float(detection["score"])
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
@@ -98,19 +127,32 @@ def _complete(annotation: dict[str, Any]) -> None:
         annotation["area"] = float(mask_api.area(segmentation) if isinstance(segmentation, dict) else math.prod(annotation["bbox"][2:]))
 
 
-def _average_precision(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: str) -> Metrics:
+def _average_precision(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: str, lvis: bool = False) -> Metrics:
     from faster_coco_eval import COCO, COCOeval_faster
 
     if not truth["images"] or not truth["annotations"]:
-        return dict.fromkeys(_NAMES)
+        return dict.fromkeys((*_NAMES, *_FREQUENCIES) if lvis else _NAMES)
     # The engine writes into the dictionaries it is given.
     coco = COCO({**truth, "annotations": [dict(annotation) for annotation in truth["annotations"]]})
     results = coco.loadRes([_result(detection, kind) for detection in detections])
     evaluation = COCOeval_faster(
-        coco, results, kind, print_function=_silent, boundary_dilation_ratio=_BOUNDARY_DILATION, boundary_cpu_count=1, rle_iou_max_workers=1
+        coco,
+        results,
+        kind,
+        print_function=_silent,
+        lvis_style=lvis,
+        boundary_dilation_ratio=_BOUNDARY_DILATION,
+        boundary_cpu_count=1,
+        rle_iou_max_workers=1,
     )
+    if lvis:
+        evaluation.params.maxDets = [_LVIS_DETECTIONS]
     evaluation.run()
-    return {name: None if value < 0 else 100.0 * float(value) for name, value in zip(_NAMES, evaluation.stats, strict=False)}
+    figures = dict(zip(_NAMES, evaluation.stats, strict=False))
+    if lvis:
+        by_label = evaluation.stats_as_dict
+        figures |= {name: by_label[label] for name, label in _FREQUENCIES.items()}
+    return {name: None if value < 0 else 100.0 * float(value) for name, value in figures.items()}
 
 
 def _result(detection: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -118,8 +118,15 @@ def _locate(data: Path, images: Path | None) -> tuple[Path, Path]:
     return annotations, folder
 
 
+def _file_name(image: Mapping[str, Any]) -> str:
+    """LVIS names its images by their COCO address alone."""
+    return str(image["file_name"] if "file_name" in image else "/".join(image["coco_url"].split("/")[-2:]))
+
+
 def _judgeable(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    images = [{key: image[key] for key in ("id", "file_name", "height", "width")} for image in raw["images"]]
+    images = [
+        {**image, "file_name": _file_name(image), **{key: image[key] for key in ("id", "height", "width")}} for image in raw["images"]
+    ]
     sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in images}
     categories = [dict(category) for category in raw["categories"]]
     known = {category["id"]: str(category["name"]) for category in categories}

@@ -70,7 +70,7 @@ def to_canvas(
         canvas = np.zeros((height, width), np.uint8)
         # A pixel belongs to the mask if at least half of its area does.
         canvas[: part.shape[0], : part.shape[1]] = _resize(mask * np.uint8(255), size, scale)[window] >= 128
-        box = _tight_box(canvas)
+        box = tight_box(canvas)
         if box is not None:
             kept.append(i)
             boxes.append(box)
@@ -99,8 +99,8 @@ def _resize(pixels: Array, size: tuple[int, ...], scale: float) -> Array:
     return np.asarray(cv2.resize(np.ascontiguousarray(pixels), (size[1], size[0]), interpolation=interpolation))
 
 
-def _tight_box(mask: Array) -> tuple[int, int, int, int] | None:
-    """The mask's extent, xyxy, or None if it is too small to learn from."""
+def tight_box(mask: Array) -> tuple[int, int, int, int] | None:
+    """The extent of a mask `[H, W]`, xyxy in pixels, or None if it is too small to learn from."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if columns.size == 0:
         return None
@@ -149,10 +149,27 @@ class CanvasDataset(torch.utils.data.Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        return self.placed(index, self.epoch)
+
+    def placed(self, index: int, epoch: int, turned: bool = False) -> tuple[Tensor, dict[str, Any]]:
+        """An item as it is in that epoch; `turned` places it on the transposed canvas.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
         item = self.indices[index]
         image, target = self.dataset[item]
-        rng = np.random.default_rng([self.seed, self.epoch, item]) if self.train else None
-        return to_canvas(image, target, self.height, self.width, self.mean, self.std, rng, self.scale_jitter, self.flip)
+        rng = np.random.default_rng([self.seed, epoch, item]) if self.train else None
+        return to_canvas(image, target, *self._canvas(turned), self.mean, self.std, rng, self.scale_jitter, self.flip)
+
+    def blank(self, turned: bool = False) -> tuple[Tensor, dict[str, Any]]:
+        """An empty canvas and a target without instances, where there is no image to be had."""
+        height, width = self._canvas(turned)
+        nothing = {"image_id": -1, "labels": [], "masks": np.zeros((0, height, width), np.uint8)}
+        return to_canvas(np.zeros((height, width, 3), np.uint8), nothing, height, width, self.mean, self.std)
+
+    def _canvas(self, turned: bool) -> tuple[int, int]:
+        return (self.width, self.height) if turned else (self.height, self.width)
 
 
 def collate(batch: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, list[dict[str, Any]]]:

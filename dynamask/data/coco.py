@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from runtime.errors import InputError
 from runtime.images import read_image
 
 Array = npt.NDArray[Any]
+Part = Literal["train", "val"]
 
 _BOX_TOLERANCE = 0.01
 """Pixels by which a box may leave its image and not be counted as clipped: COCO's own rounding."""
@@ -23,6 +26,69 @@ _BOX_TOLERANCE = 0.01
 
 class _Defect(Exception):
     """Why an annotation cannot be used."""
+
+
+class LabelledDataset(Protocol):
+    """What all data sets have in common, to learn from and to be judged on; `CocoDataset` says what each is."""
+
+    @property
+    def classes(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def indices_with_instances(self) -> list[int]: ...
+
+    @property
+    def coco_dict(self) -> dict[str, Any]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Array, dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the folder of a published data set holds (`paths`, relative to it), and where it is to be had."""
+
+    name: str
+    paths: tuple[str, ...]
+    source: str
+
+    def check(self, root: Path) -> None:
+        """Look for the files and folders, so that a run ends before it reads a large file in vain.
+
+        Raises:
+            InputError: names the first that is missing.
+        """
+        for path in self.paths:
+            if not (root / path).exists():
+                raise self.missing(root, path)
+
+    def check_files(self, root: Path, files: Iterable[str]) -> None:
+        """Look for files by their paths relative to `root`; each folder is listed once, since there may be 100 000.
+
+        Raises:
+            InputError: names the first that is missing.
+        """
+        listed: dict[str, set[str]] = {}
+        for file in files:
+            folder, _, name = file.rpartition("/")
+            if folder not in listed:
+                listed[folder] = {path.name for path in (root / folder).iterdir()} if (root / folder).is_dir() else set()
+            if name not in listed[folder]:
+                raise self.missing(root, file)
+
+    def missing(self, root: Path, path: str) -> InputError:
+        """The sentence for a path that is not there."""
+        return InputError(
+            f"{root / path} is missing: data.root={root} must hold {', '.join(self.paths)}, complete, as in {self.name} ({self.source})."
+        )
+
+
+COCO_2017 = Layout(
+    "COCO 2017",
+    ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017"),
+    "https://cocodataset.org/#download",
+)
 
 
 class CocoDataset:
@@ -33,7 +99,8 @@ class CocoDataset:
 
     Args:
         annotations: the JSON file.
-        images: the folder its `file_name`s are relative to.
+        images: the folder its `file_name`s are relative to. An image that has a `coco_url` alone, as in LVIS, is looked for under the
+            last two parts of it: `train2017/000000391895.jpg`.
 
     Attributes:
         classes: `[{"id": category_id, "name": str}, …]`, in order of label − 1 (by rising category id).
@@ -130,6 +197,18 @@ class CocoDataset:
         return image, target
 
 
+def coco_2017(root: Path, part: Part) -> CocoDataset:
+    """A part of COCO 2017, from the folder of the whole.
+
+    Raises:
+        InputError: names the first file of either part, or image of this one, that is missing; or as `CocoDataset`.
+    """
+    COCO_2017.check(root)
+    dataset = CocoDataset(root / "annotations" / f"instances_{part}2017.json", root / f"{part}2017")
+    COCO_2017.check_files(root, (f"{part}2017/{entry['file_name']}" for entry in dataset.coco_dict["images"]))
+    return dataset
+
+
 def decode_mask(segmentation: Any, height: int, width: int) -> Array:
     """A COCO segmentation (polygons, or RLE plain or compressed) as a mask `[height, width] uint8`, 0 or 1."""
     if isinstance(segmentation, list):
@@ -164,9 +243,11 @@ def _read_tree(path: Path) -> dict[str, Any]:
 def _image_entry(entry: Any, path: Path) -> dict[str, Any]:
     try:
         checked = {**entry, "id": int(entry["id"]), "height": int(entry["height"]), "width": int(entry["width"])}
-        if isinstance(entry["file_name"], str) and checked["height"] > 0 and checked["width"] > 0:
+        if "file_name" not in entry:
+            checked["file_name"] = "/".join(entry["coco_url"].split("/")[-2:])
+        if isinstance(checked["file_name"], str) and checked["height"] > 0 and checked["width"] > 0:
             return checked
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, AttributeError):
         pass
     raise InputError(f"{path} has an image without a usable id, file_name, height and width ({_short(entry)}): correct that entry.")
 

@@ -10,36 +10,47 @@ import numpy.typing as npt
 import torch
 
 from dynamask.config import GRIDS, Config
-from dynamask.data.coco import CocoDataset
-from dynamask.data.shapes import ShapesDataset
+from dynamask.data.coco import LabelledDataset
 from dynamask.inference import predict
 from dynamask.model import DynaMask
 from dynamask.msm import MSM
+from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco
 from runtime.instances import ClassName, Instances
 from runtime.preprocess import letterbox_normalise
+from runtime.validate import Policy
+
+ROUTED = Policy("routed", 0.0, MSM)
+"""The MSM's argmax (Eq. 1)."""
 
 
 def evaluate(
     model: DynaMask,
-    dataset: ShapesDataset | CocoDataset,
+    dataset: LabelledDataset,
     config: Config,
     images: int | None = None,
-    budget: float | None = None,
     grid: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    policy: Policy = ROUTED,
+    iou_types: Sequence[str] = ("bbox", "segm"),
 ) -> dict[str, Any] | None:
     """AP of the model on the first `images` images of a data set; the model is back in its mode afterwards.
 
     Args:
-        budget: mean GMAC per instance to route by; None for the paper's argmax.
-        grid: one of `GRIDS` for every instance; None lets the MSM decide.
+        grid: one of `GRIDS` for every instance; None follows `policy`. A Mask R-CNN head has its own grid whatever either asks for.
         stop: asked before each image.
+        policy: how the grids are chosen (`runtime.validate.parse_policy`); a budget is kept over all images, as `dynamask validate` does.
+        iou_types: of `runtime.coco_metrics.evaluate_coco`.
 
     Returns:
-        `segm` and `bbox` (AP, AP50, AP75, AP_S, AP_M, AP_L, times 100), `share` of each grid among the detections, `images`,
-        `detections`; None if `stop` said so.
+        By IoU type AP, AP50, AP75, AP_S, AP_M, AP_L, of LVIS also AP_r, AP_c, AP_f, times 100; `share` of each grid among the detections,
+        `images`, `detections`; None if `stop` said so.
     """
+    if config.model.mask_grid is not None:
+        policy = ROUTED
+    elif grid is not None:
+        policy = Policy(f"uniform-{grid}", 0.0, GRIDS.index(grid))
+    keeper = BudgetKeeper(policy.budget, dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True))) if policy.budget else None
     count = len(dataset) if images is None else min(images, len(dataset))
     results: list[dict[str, Any]] = []
     image_ids: list[int] = []
@@ -51,13 +62,16 @@ def evaluate(
             if stop():
                 return None
             image, target = dataset[index]
-            found = detect(model, image, config, dataset.classes, budget, grid)
+            budget = keeper.budget() if keeper else 0.0
+            found = detect(model, image, config, dataset.classes, budget, policy.grid_override)
+            if keeper:
+                keeper.spend(found.grids)
             image_ids.append(int(target["image_id"]))
             results += found.to_coco(image_ids[-1])
             grids += found.grids.tolist()
     finally:
         model.train(training)
-    figures = evaluate_coco(dataset.coco_dict, results, ("bbox", "segm"), image_ids)
+    figures = evaluate_coco(dataset.coco_dict, results, iou_types, image_ids)
     share = {str(side): grids.count(side) / max(len(grids), 1) for side in GRIDS}
     return {**figures, "share": share, "images": count, "detections": len(results)}
 
@@ -67,13 +81,16 @@ def detect(
     image: npt.NDArray[np.uint8],
     config: Config,
     classes: Sequence[dict[str, Any]],
-    budget: float | None = None,
-    grid: int | None = None,
+    budget: float = 0.0,
+    grid_override: int = MSM,
 ) -> Instances:
-    """The instances in an image `[H, W, 3] uint8` RGB, found by the PyTorch model in evaluation mode; boxes in the image's pixels."""
+    """The instances in an image `[H, W, 3] uint8` RGB, found by the PyTorch model in evaluation mode; boxes in the image's pixels.
+
+    `budget` and `grid_override` are those of `dynamask.inference.predict`.
+    """
     device = next(model.parameters()).device
     canvas, scale = letterbox_normalise(image, *config.model.canvas, config.model.mean, config.model.std)
-    output = predict(model, torch.from_numpy(canvas).to(device), budget or 0.0, MSM if grid is None else GRIDS.index(grid))
+    output = predict(model, torch.from_numpy(canvas).to(device), budget, grid_override)
     filled = output.scores > 0
     logits: dict[int, npt.NDArray[np.float32]] = {}
     for slots, crops in zip(output.slots, output.logits, strict=True):

@@ -6,13 +6,18 @@ import contextlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import safetensors.torch
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from runtime.files import atomic_path, unwritable
 
@@ -25,17 +30,20 @@ LINE_SECONDS = 10.0
 class RunLog:
     """`log.jsonl` and `tensorboard/` of an output folder, continued from `first_step`.
 
-    Lines of later steps, written by a run that was killed before its next checkpoint, are dropped: those steps are run again.
+    Lines of later steps, written by a run that was killed before its next checkpoint, are dropped: those steps are run again. So are
+    those of `skipped.jsonl`, which is there once an image was skipped.
     """
 
     def __init__(self, output: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = output / "log.jsonl"
+        self.path, self.skipped_path = output / "log.jsonl", output / "skipped.jsonl"
         with _disk(self.path):
-            kept = [line for line in _lines(self.path) if line["step"] <= first_step]
-            with atomic_path(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            for path in (self.path, self.skipped_path):
+                if path == self.path or path.exists():
+                    kept = [line for line in read_lines(path) if line["step"] <= first_step]
+                    with atomic_path(path) as temporary:
+                        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
             self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
 
@@ -49,6 +57,17 @@ class RunLog:
         """Write the AP figures of an evaluation to TensorBoard."""
         with _disk(self.path):
             self._scalars(record["step"], {f"val_{name}": record[name] for name in ("segm", "bbox", "share")})
+            self._board.flush()
+
+    def skipped(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write images that could not be read: a line of `step`, `index` (in the data set) and `reason` each."""
+        with _disk(self.skipped_path), self.skipped_path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def picture(self, name: str, image: npt.NDArray[np.uint8], step: int) -> None:
+        """Show a picture `[H, W, 3] uint8` RGB in TensorBoard."""
+        with _disk(self.path):
+            self._board.add_image(f"pictures/{name}", image, step, dataformats="HWC")
             self._board.flush()
 
     def close(self) -> None:
@@ -66,7 +85,7 @@ class RunLog:
 def losses_by_epoch(output: Path) -> list[dict[str, float]]:
     """The mean of each loss over each epoch in `log.jsonl`, with the epoch's number, from 1."""
     epochs: dict[int, list[dict[str, float]]] = defaultdict(list)
-    for line in _lines(output / "log.jsonl"):
+    for line in read_lines(output / "log.jsonl"):
         epochs[int(line["epoch"]) + 1].append({"total": line["loss"], **line["losses"]})
     means = []
     for epoch, rows in sorted(epochs.items()):
@@ -126,7 +145,26 @@ class ProgressReport:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def save_batch(path: Path, images: Tensor, targets: list[dict[str, Any]], fields: dict[str, Any]) -> None:
+    """Write a batch to `path` (safetensors), whole or not at all, so that a step can be looked into.
+
+    It holds `images [B, 3, H, W] float32`, `ids [B] int64` (of the images), `counts [B] int64` (instances of each), and the instances
+    of all images in a row: `boxes [G, 4] float32`, `labels [G] int64`, `masks [G, H, W] uint8`; `fields` stand as JSON in its metadata.
+
+    Raises:
+        DynaMaskError: the disk is full or the folder cannot be written.
+    """
+    tensors = {name: torch.cat([target[name] for target in targets]).cpu().contiguous() for name in ("boxes", "labels", "masks")}
+    tensors["images"] = images.cpu().contiguous()
+    tensors["ids"] = torch.tensor([target["image_id"] for target in targets])
+    tensors["counts"] = torch.tensor([len(target["labels"]) for target in targets])
+    with atomic_path(path) as temporary:
+        # Written by Python, not by safetensors, whose own error for a full disk is no OSError.
+        temporary.write_bytes(safetensors.torch.save(tensors, {name: json.dumps(value) for name, value in fields.items()}))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON-lines file, none where there is no file."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,13 +81,14 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches of `(image index, epoch)` from `first_step` to the schedule's last; of each, every `size`-th from the `rank`-th on.
 
     Each epoch has its own order, drawn from the seed and the epoch alone, so that a run resumed at any step, by any number of
-    processes, meets the same images.
+    processes, meets the same images. Where `turned` says which images lie on the transposed canvas, a batch has only such or none.
     """
 
-    def __init__(self, schedule: Schedule, first_step: int, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, schedule: Schedule, first_step: int, rank: int = 0, size: int = 1, turned: Sequence[bool] = ()) -> None:
         self.schedule = schedule
         self.first_step = first_step
         self.rank, self.size = rank, size
+        self.turned = turned
 
     def __len__(self) -> int:
         return max(0, self.schedule.total_steps - self.first_step)
@@ -104,4 +105,22 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(mixed_seed(self.schedule.config.seed, "epoch", epoch))
-        return torch.randperm(self.schedule.images, generator=generator).tolist()
+        order: list[int] = torch.randperm(self.schedule.images, generator=generator).tolist()
+        return self._alike(order) if self.turned else order
+
+    def _alike(self, order: list[int]) -> list[int]:
+        """The same order, but in batches of images that are all turned or all not, each placed where its last image stood."""
+        batch = self.schedule.config.batch
+        batches: list[int] = []
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for index in order:
+            queue = waiting[self.turned[index]]
+            queue.append(index)
+            if len(queue) == batch:
+                batches += queue
+                queue.clear()
+        if len(batches) < self.schedule.steps_per_epoch * batch:  # both kinds leave a part of a batch: the larger is filled up
+            left = max(waiting.values(), key=len)
+            again = [index for index in order if self.turned[index] == self.turned[left[0]] and index not in left]
+            batches += [*left, *again[: batch - len(left)]]
+        return batches

@@ -9,23 +9,27 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import cv2
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dynamask.config import Config
-from dynamask.data.canvas import CanvasDataset, collate
-from dynamask.data.coco import CocoDataset
+from dynamask.data.augment import TOLERATED_SHARE, TrainingItems
+from dynamask.data.canvas import collate
+from dynamask.data.cityscapes import CityscapesDataset
+from dynamask.data.coco import CocoDataset, LabelledDataset, Part, coco_2017
+from dynamask.data.lvis import lvis_v1
 from dynamask.data.shapes import ShapesDataset
 from dynamask.distributed import World, joined
 from dynamask.model import DynaMask, build_model
@@ -41,7 +45,7 @@ from dynamask.train.checkpoint import (
     start_from,
 )
 from dynamask.train.evaluate import evaluate
-from dynamask.train.log import ProgressReport, RunLog, losses_by_epoch
+from dynamask.train.log import ProgressReport, RunLog, losses_by_epoch, read_lines, save_batch
 from dynamask.train.schedule import Schedule, StepSampler
 from dynamask.weights import load_weights
 from runtime.errors import DynaMaskError, InputError
@@ -51,8 +55,14 @@ UNIFORM_GRIDS = (14, 112)
 """Grids that the finished model is also judged at, beside the routed one."""
 VAL_SEED_OFFSET = 1_000_003
 """Between the seed of the shapes to learn from and that of the shapes to judge on."""
+DIVERGED = 10.0
+"""A run has diverged when its mean loss is so many times the lowest it was in the phase (or 1, if it was lower)."""
+LOSS_MEMORY = 0.98
+"""Weight of the past in that mean: a single loss must be 500 times as high."""
+SMALLEST_SCALE = 1.0
+"""With mixed precision, a gradient that overflows even at this scale of the loss is not finite in itself."""
 FREE_FIELDS = {
-    "train": {"epochs", "switch_epochs", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "threads"},
+    "train": {"epochs", "switch_epochs", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "pictures", "threads"},
     "data": {"workers"},
 }
 """Fields that may change when a run is resumed: none of them alters the steps already done."""
@@ -60,7 +70,8 @@ FREE_FIELDS = {
 
 def train(config: Config, output: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train a model and leave everything in `output`: `config.yaml`, `model.safetensors` (the latest), `best.safetensors` (by mask AP),
-    `state.safetensors` (to resume from), `log.jsonl`, `tensorboard/`, `metrics.json`.
+    `state.safetensors` (to resume from), `log.jsonl`, `tensorboard/`, `metrics.json`; `pictures/`, `skipped.jsonl` (images that could not
+    be read: others stood in for them) and `failed-batch.safetensors` where there is something to put there.
 
     The samples, their augmentation and all other randomness depend only on the seed, the epoch and the step, so that a resumed
     run does the steps that an uninterrupted one would have done (bit for bit on the CPU). SIGINT and SIGTERM end the run after
@@ -69,12 +80,13 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
     Returns:
         What `metrics.json` holds: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
-        grid), `checkpoint`, `best`, `seconds`.
+        grid), `skipped` (images), `checkpoint`, `best`, `seconds`.
 
     Raises:
-        InputError: the output folder holds another run, there is nothing to resume, the data cannot be used, or the batch cannot be
-            shared by the processes.
-        DynaMaskError: a loss is not finite, a file cannot be written, or another process of the run has died; the last checkpoint is kept.
+        InputError: the output folder holds another run, there is nothing to resume, the data cannot be used, more than a tenth of the
+            images is broken, or the batch cannot be shared by the processes.
+        DynaMaskError: a loss or gradient is not finite or diverges, a file cannot be written, or another process of the run has died; the
+            last checkpoint is kept.
     """
     if config.train.threads > 0:
         torch.set_num_threads(config.train.threads)
@@ -97,32 +109,6 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
             raise
 
 
-class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
-    """Items on the canvas by `(index, epoch)`, so that a loader's workers need not be told when an epoch begins."""
-
-    def __init__(self, dataset: ShapesDataset | CocoDataset, config: Config) -> None:
-        model, data = config.model, config.data
-        self.classes = dataset.classes
-        self.items = CanvasDataset(
-            dataset,
-            *model.canvas,
-            model.mean,
-            model.std,
-            train=True,
-            seed=config.train.seed,
-            scale_jitter=data.scale_jitter,
-            flip=data.flip,
-        )
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict[str, Any]]:
-        index, epoch = key
-        self.items.set_epoch(epoch)
-        return self.items[index]
-
-
 @dataclass
 class _Interruption:
     """Set by the first SIGINT or SIGTERM."""
@@ -131,6 +117,23 @@ class _Interruption:
 
     def __call__(self) -> bool:
         return self.requested
+
+
+@dataclass
+class _LossWatch:
+    """Whether the loss diverges. Part of the state, so that a resumed run judges as the uninterrupted one."""
+
+    phase: int = 0
+    mean: float = 0.0
+    lowest: float = 0.0
+
+    def diverges(self, phase: int, loss: float) -> bool:
+        """Take in a step's loss. Each phase has losses of its own, and begins anew."""
+        if phase != self.phase:
+            self.phase, self.mean, self.lowest = phase, loss, loss
+        self.mean = LOSS_MEMORY * self.mean + (1 - LOSS_MEMORY) * loss
+        self.lowest = min(self.lowest, self.mean)
+        return self.mean > DIVERGED * max(self.lowest, 1.0)
 
 
 @dataclass
@@ -144,22 +147,26 @@ class _Run:
     optimizer: torch.optim.Optimizer
     scaler: GradScaler
     train_set: TrainingItems
-    val_set: ShapesDataset | CocoDataset
+    val_set: LabelledDataset
     report: ProgressReport
     interruption: _Interruption
     world: World
     step: int = 0
     seconds: float = 0.0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    skipped: set[int] = field(default_factory=set)
+    """Indices of the images that could not be read so far."""
+    loss_watch: _LossWatch = field(default_factory=_LossWatch)
 
     @classmethod
     def prepared(
         cls, config: Config, output: Path, state: TrainingState | None, report: ProgressReport, interruption: _Interruption, world: World
     ) -> _Run:
         """Data, model and optimiser, at the beginning or where `state` left off."""
-        train_set, val_set = _train_set(config), _val_set(config)
+        train_set, val_set = _train_set(config), validation_set(config)
         if train_set.classes != val_set.classes:
-            raise InputError(f"{config.data.val_annotations} has other classes than {config.data.train_annotations}: use one list in both.")
+            part = config.data.val_annotations or config.data.root
+            raise InputError(f"{part}: what is judged on has other classes than what is learnt from: use one list in both.")
         device = world.device
         torch.manual_seed(config.train.seed)
         model = build_model(config, val_set.classes)
@@ -188,6 +195,8 @@ class _Run:
             if state.scaler:
                 scaler.load_state_dict(state.scaler)
             run.step, run.seconds, run.evaluations = (state.progress[name] for name in ("step", "seconds", "evaluations"))
+            run.skipped = set(state.progress.get("skipped", []))
+            run.loss_watch = _LossWatch(**state.progress.get("loss_watch", {}))
         return run
 
     def to_the_end(self) -> dict[str, Any]:
@@ -204,6 +213,7 @@ class _Run:
                 self._evaluate_if_due(log)
                 if self.world.any(self.interruption()):
                     break
+                self._note_skipped([entry for target in targets for entry in target["skipped"]], log)
                 record = self._take_step(model, images, targets)
                 self.seconds = time.monotonic() - started
                 if log is not None:
@@ -229,7 +239,7 @@ class _Run:
         workers = self.config.data.workers
         loader = DataLoader(
             self.train_set,
-            batch_sampler=StepSampler(self.schedule, self.step, self.world.rank, self.world.size),
+            batch_sampler=StepSampler(self.schedule, self.step, self.world.rank, self.world.size, self.train_set.turned),
             collate_fn=collate,
             num_workers=workers,
             prefetch_factor=2 if workers else None,
@@ -246,15 +256,15 @@ class _Run:
         self.model.phase = self.schedule.phase(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        images = images.to(device, non_blocking=True)
-        targets = [{name: target[name].to(device, non_blocking=True) for name in ("boxes", "labels", "masks")} for target in targets]
+        wanted = [{name: target[name].to(device, non_blocking=True) for name in ("boxes", "labels", "masks")} for target in targets]
         with torch.autocast(device.type, dtype=torch.float16, enabled=self.scaler.is_enabled()):
-            losses: dict[str, Tensor] = model(images, targets)
+            losses: dict[str, Tensor] = model(images.to(device, non_blocking=True), wanted)
             total = torch.stack(list(losses.values())).sum()
         means = self.world.mean(torch.stack([loss.detach().float() for loss in losses.values()]))
         values = dict(zip(losses, means.tolist(), strict=True))
-        self._check_finite(values)
-        self._descend(total)
+        fault = self._fault(values) or self._descend(total)
+        if fault:
+            self._stop(fault, images, targets)
         record = {
             "step": self.step + 1,
             "epoch": round(self.schedule.epoch(self.step), 4),
@@ -267,25 +277,81 @@ class _Run:
         self.step += 1
         return record
 
-    def _descend(self, total: Tensor) -> None:
+    def _fault(self, values: dict[str, float]) -> str:
+        """What is wrong with the losses of the whole batch, or nothing."""
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if not all(map(math.isfinite, values.values())):
+            return f"a loss is not finite ({shown})"
+        watch = self.loss_watch
+        if watch.diverges(self.schedule.phase(self.step), sum(values.values())):
+            return f"the loss diverges: its mean is {watch.mean:.4g} and was {watch.lowest:.4g} ({shown})"
+        return ""
+
+    def _descend(self, total: Tensor) -> str:
+        """Step down the gradient, if it is finite; what is wrong with it, or nothing."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
         # With a scaler, a gradient that overflows is expected: it skips the step and lowers the scale.
-        if not self.scaler.is_enabled() and not math.isfinite(norm):
-            raise DynaMaskError(f"Step {self.step + 1}: the gradient is not finite (norm {float(norm)}); {self._way_out}")
+        if not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE):
+            return f"the gradient is not finite (norm {float(norm)})"
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return ""
 
-    def _check_finite(self, values: dict[str, float]) -> None:
-        if not all(map(math.isfinite, values.values())):
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise DynaMaskError(f"Step {self.step + 1}: a loss is not finite ({shown}); {self._way_out}")
+    def _stop(self, fault: str, images: Tensor, targets: list[dict[str, Any]]) -> NoReturn:
+        """End the run with its batch saved. The losses are those of all processes, and so is the fault: all of them come here."""
+        path = self.output / "failed-batch.safetensors"
+        kept = f"its batch is in {path}"
+        try:
+            if self.world.is_main:
+                if self.world.size > 1:  # the other processes' part of the batch can be had again: it depends on the step alone
+                    keys = next(iter(StepSampler(self.schedule, self.step, turned=self.train_set.turned)))
+                    images, targets = collate([self.train_set[key] for key in keys])
+                fields = {"step": self.step + 1, "phase": self.schedule.phase(self.step), "fault": fault}
+                save_batch(path, images, targets, fields)
+        except DynaMaskError as error:
+            kept = f"its batch could not be saved ({str(error).rstrip('.')})"
+        finally:
+            self.world.any(False)  # torchrun ends the others as soon as one has: they wait for the file
+        raise DynaMaskError(
+            f"Step {self.step + 1}: {fault}; {kept}, the last checkpoint in {self.output}; "
+            "look at the batch's data, lower train.rate, or raise train.warmup_steps."
+        )
 
-    @property
-    def _way_out(self) -> str:
-        return f"the last checkpoint in {self.output} is kept: lower train.rate, or raise train.warmup_steps."
+    def _note_skipped(self, skipped: list[dict[str, Any]], log: RunLog | None) -> None:
+        """Count and list the step's broken images, those of all processes, in each of them."""
+        fresh = {entry["index"]: entry for entry in self._gathered(skipped) if entry["index"] not in self.skipped}
+        if not fresh:
+            return
+        self.skipped |= set(fresh)
+        if log is not None:
+            log.skipped({"step": self.step + 1, **entry} for entry in fresh.values())
+        for entry in fresh.values():
+            self.report.message(f"Skipped: {entry['reason']}")
+        if len(self.skipped) > self.train_set.tolerated:
+            latest = entry["reason"].rstrip(".")
+            raise InputError(
+                f"{len(self.skipped)} of the {len(self.train_set)} images to learn from are broken, more than {TOLERATED_SHARE:.0%} "
+                f"({latest}): repair those listed in {self.output / 'skipped.jsonl'}, or leave them out of the annotations."
+            )
+
+    def _gathered(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries of all processes, in each of them; exchanged as JSON, because nothing is unpickled."""
+        if self.world.size == 1:
+            return entries
+        text = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8, device=self.world.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.world.device) for _ in range(self.world.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)], device=self.world.device))
+        longest = max(int(length) for length in lengths)
+        if longest == len("[]"):
+            return []
+        padded = F.pad(text, (0, longest - len(text)))
+        rows = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(rows, padded)
+        texts = (bytes(row[: int(length)].tolist()) for row, length in zip(rows, lengths, strict=True))
+        return [entry for text in texts for entry in json.loads(text)]
 
     def _evaluate_if_due(self, log: RunLog | None) -> None:
         """Judge the model if its step calls for it and that was not done yet: also true of a run that was stopped just before."""
@@ -307,7 +373,7 @@ class _Run:
                 str(grid): evaluate(
                     self.model, self.val_set, self.config, self.config.train.evaluate_images, grid=grid, stop=self.interruption
                 )
-                for grid in UNIFORM_GRIDS
+                for grid in (UNIFORM_GRIDS if self.config.model.mask_head == "dynamask" else ())
             }
             if None in uniform.values():
                 return
@@ -317,13 +383,27 @@ class _Run:
         self.evaluations.append(entry)
         self._save()
         log.evaluation(entry)
+        self._draw(log)
         self.report.message(f"epoch {entry['epoch']:.2f}: mask AP {_mask_ap(entry):.1f} on {entry['images']} images")
+
+    def _draw(self, log: RunLog) -> None:
+        """Pictures of the model as it is, to `pictures/` and TensorBoard."""
+        if not self.config.train.pictures:
+            return
+        from dynamask.train.pictures import draw_pictures, write_png  # matplotlib, which a run without pictures need not wait for
+
+        drawn = draw_pictures(self.model, self.val_set, self.config, list(read_lines(log.path)), self.evaluations)
+        for name, image in drawn.items():
+            stem = name if name == "curves" else f"{self.step:08d}-{name}"
+            write_png(self.output / "pictures" / f"{stem}.png", image)
+            log.picture(name, image, self.step)
 
     def _save(self) -> None:
         """The state first: were the next write to fail, the run could still go on from here."""
         if not self.world.is_main:
             return
         progress = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations}
+        progress |= {"skipped": sorted(self.skipped), "loss_watch": asdict(self.loss_watch)}
         fields = {"config": self.config.model_dump(mode="json"), "classes": self.val_set.classes}
         fields |= {"scaler": self.scaler.state_dict(), "progress": progress}
         save_state(self.output / "state.safetensors", self.model, self.optimizer, fields)
@@ -351,6 +431,7 @@ class _Run:
             "losses": losses_by_epoch(self.output),
             "ap_by_epoch": [{name: value for name, value in entry.items() if name != "uniform"} for entry in self.evaluations],
             "uniform": self.evaluations[-1].get("uniform") if self.evaluations else None,
+            "skipped": len(self.skipped),
             "checkpoint": str(self.output / "model.safetensors"),
             "best": str(best) if best.exists() else None,
             "seconds": round(self.seconds, 1),
@@ -392,15 +473,29 @@ def _train_set(config: Config) -> TrainingItems:
     data = config.data
     if data.kind == "shapes":
         return TrainingItems(ShapesDataset(data.shapes_train, data.shapes_seed, *config.model.canvas), config)
-    return TrainingItems(_coco_dataset("train", data.train_annotations, data.train_images), config)
+    if data.kind == "coco" and data.root is None:
+        return TrainingItems(_coco_dataset("train", data.train_annotations, data.train_images), config)
+    return TrainingItems(_published_dataset(config, "train"), config)
 
 
-def _val_set(config: Config) -> ShapesDataset | CocoDataset:
+def validation_set(config: Config) -> LabelledDataset:
     data = config.data
     if data.kind == "shapes":
         judged = min(data.shapes_val, config.train.evaluate_images)
         return ShapesDataset(judged, data.shapes_seed + VAL_SEED_OFFSET, *config.model.canvas)
-    return _coco_dataset("val", data.val_annotations, data.val_images)
+    if data.kind == "coco" and data.root is None:
+        return _coco_dataset("val", data.val_annotations, data.val_images)
+    return _published_dataset(config, "val")
+
+
+def _published_dataset(config: Config, part: Part) -> LabelledDataset:
+    root = config.data.root
+    if root is None:
+        raise InputError(f"data.root is not given: --set data.root=FOLDER to the folder of {config.data.kind}.")
+    if config.data.kind == "cityscapes":
+        # Its ground truth is read from pictures: no more of them than will be judged.
+        return CityscapesDataset(root, part, config.train.evaluate_images if part == "val" else None)
+    return lvis_v1(root, part) if config.data.kind == "lvis" else coco_2017(root, part)
 
 
 def _coco_dataset(part: str, annotations: Path | None, images: Path | None) -> CocoDataset:

@@ -19,6 +19,7 @@ COMMANDS = [
     ["demo"],
     ["doctor"],
     ["train"],
+    ["ablate"],
     ["export"],
     ["build-engine"],
     ["predict"],
@@ -26,7 +27,9 @@ COMMANDS = [
     ["validate"],
     ["bench", "routing"],
     ["bench", "latency"],
+    ["bench", "kernels"],
     ["data", "shapes"],
+    ["data", "prepare"],
     ["flops"],
 ]
 HEAVY = ["torch", "torchvision", "onnxruntime", "onnx", "cv2", "numpy", "av", "pydantic", "supervision"]

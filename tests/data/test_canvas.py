@@ -117,3 +117,33 @@ def test_images_without_instances_are_validated_on_but_not_learnt_from():
     assert targets[1]["boxes"].shape == (0, 4)
     assert targets[1]["masks"].shape == (0, 64, 64)
     assert targets[1]["labels"].dtype == torch.int64
+
+
+def test_large_scale_jitter_shrinks_and_crops():
+    image, target = scene()
+    scales = []
+    for seed in range(40):
+        canvas, placed = to_canvas(image, target, 40, 60, MEAN, STD, np.random.default_rng(seed), scale_jitter=(0.1, 2.0))
+        scales.append(placed["scale"])
+        rows, columns = (round(edge * placed["scale"]) for edge in (40, 60))
+        assert not canvas[:, rows:].any()
+        assert not canvas[:, :, columns:].any()
+        for box, mask in zip(placed["boxes"], placed["masks"], strict=True):
+            ys, xs = np.nonzero(mask.numpy())
+            assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    assert min(scales) < 0.3
+    assert 1.7 < max(scales) <= 2
+
+
+def test_a_turned_item_lies_on_the_transposed_canvas():
+    dataset = CanvasDataset(ShapesDataset(2, 1, 96, 64), 64, 96, MEAN, STD, train=True, seed=5, flip=True)
+    image, target = dataset.placed(1, epoch=3, turned=True)
+    assert image.shape == (3, 96, 64)
+    assert target["masks"].shape[1:] == (96, 64)
+    assert target["scale"] == 1.0
+    dataset.set_epoch(3)
+    assert dataset[1][1]["scale"] == pytest.approx(2 / 3)
+    blank, nothing = dataset.blank(turned=True)
+    assert blank.shape == (3, 96, 64)
+    assert nothing["masks"].shape == (0, 96, 64)
+    assert nothing["boxes"].shape == (0, 4)

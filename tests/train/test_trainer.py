@@ -42,6 +42,7 @@ TINY = {
     "train.warmup_steps": 2,
     "train.evaluate_every": 0,
     "train.evaluate_images": 1,
+    "train.pictures": 0,
 }
 
 

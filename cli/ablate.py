@@ -1,0 +1,30 @@
+"""`dynamask ablate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def ablate(
+    plan: Annotated[Path, typer.Argument(help="Rows to train and judge, in YAML: configs/ablations holds those of the paper's tables.")],
+    output: Annotated[Path, typer.Option(help="Folder for the runs, table.md and table.json.")],
+    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+) -> None:
+    """Train and judge variants of the model under one recipe, side by side; Ctrl-C keeps all that is done, the same command goes on.
+
+    Example: dynamask ablate configs/ablations/table-7-shapes.yaml --output runs/table-7
+    """
+    from dynamask.ablation import markdown, run_plan
+    from runtime.files import write_json
+
+    try:
+        table = run_plan(plan, output)
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped; go on with: dynamask ablate {plan} --output {output}", err=True)
+        raise
+    if json is not None:
+        write_json(json, table)
+    typer.echo(markdown(table), nl=False)

@@ -1,0 +1,250 @@
+"""Ablation plans: what they train and judge, that nothing is done twice, and that Ctrl-C loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cli import main as command_line
+from dynamask import ablation
+from dynamask.ablation import markdown, read_plan, run_plan
+from dynamask.config import GRIDS
+from dynamask.train import trainer
+from dynamask.train.log import RunLog
+from runtime.errors import InputError
+
+PLANS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+TINY = {
+    "weights": "none",
+    "model.canvas": [64, 64],
+    "model.fpn_channels": 16,
+    "model.stage_channels": [16, 8, 8, 8],
+    "model.box_features": 16,
+    "model.anchor_sizes": [8, 16, 32, 64, 128],
+    "model.proposals_training": 50,
+    "model.proposals_per_level": 20,
+    "model.proposals": 20,
+    "model.rois_per_image": 16,
+    "model.mask_rois_per_image": 4,
+    "model.detections": 5,
+    "data.shapes_train": 2,
+    "data.shapes_val": 1,
+    "data.workers": 0,
+    "train.batch": 2,
+    "train.warm_epochs": 1,
+    "train.epochs": 1,
+    "train.evaluate_every": 0,
+    "train.evaluate_images": 1,
+}
+MASK_RCNN = {"name": "Mask R-CNN 28", "set": {"model.mask_head": "maskrcnn", "model.mask_grid": 28}}
+
+
+def write(folder: Path, **fields: Any) -> Path:
+    plan = folder / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"base": "lite0-shapes", "set": TINY, **fields}))
+    return plan
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The run's folder at every call of the trainer."""
+    calls: list[str] = []
+    run = trainer.train
+
+    def record(config: Any, output: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+        calls.append(f"{output.parent.name}/{output.name}{' again' if resume else ''}")
+        return run(config, output, resume, quiet)
+
+    monkeypatch.setattr(ablation, "train", record)
+    return calls
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
+    """The policy of every evaluation, which then has figures of its own: AP is the evaluation's number."""
+    calls: list[tuple[str, float, int]] = []
+
+    def figures(model: Any, dataset: Any, config: Any, images: int, policy: Any, iou_types: Any) -> dict[str, Any]:
+        calls.append(tuple(policy))  # type: ignore[arg-type]
+        metrics = {"AP": float(len(calls)), "AP50": None, "AP75": 2.0}
+        return {**dict.fromkeys(iou_types, metrics), "share": {"14": 0.5, "28": 0.5, "56": 0.0, "112": 0.0}}
+
+    monkeypatch.setattr(ablation, "evaluate", figures)
+    return calls
+
+
+def test_a_plan_of_two_rows_is_interrupted_and_goes_on(tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = write(tmp_path, rows=[MASK_RCNN, {"name": "DynaMask", "policies": ["routed", "uniform-14", "size-based", "routed@50%"]}])
+    step = RunLog.step
+
+    def stop(self: RunLog, record: dict[str, Any]) -> None:
+        step(self, record)
+        if "dynamask" in str(self.path) and record["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan, tmp_path / "out", quiet=True)
+    kept = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [row["name"] for row in kept["rows"]] == ["Mask R-CNN 28"] and not kept["complete"]
+    assert "goes on" in (tmp_path / "out" / "table.md").read_text()
+
+    table = run_plan(plan, tmp_path / "out", quiet=True)
+    assert trained == ["mask-r-cnn-28/seed-0", "dynamask/seed-0", "dynamask/seed-0 again"]
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == table and table["complete"]
+    assert table["rows"][0] == kept["rows"][0]
+    policies = [(row["name"], row["policy"]) for row in table["rows"]]
+    assert policies == [("Mask R-CNN 28", "uniform-28"), *(("DynaMask", p) for p in ("routed", "uniform-14", "size-based", "routed@50%"))]
+    assert table["rows"][0]["share"] == {"14": 0.0, "28": 1.0, "56": 0.0, "112": 0.0}
+    assert table["rows"][2]["share"]["14"] == 1.0
+    assert set(table["rows"][0]["gmacs"]) == {"28"} and set(table["rows"][1]["gmacs"]) == {str(g) for g in GRIDS}
+    for row in table["rows"]:
+        assert row["mean_gmacs"]["mean"] == pytest.approx(sum(row["gmacs"].get(g, 0.0) * share for g, share in row["share"].items()))
+        assert row["AP"]["mean"] is not None and row["boundary_AP"]["mean"] is not None
+    assert table["rows"][4]["mean_gmacs"]["mean"] <= 0.5 * table["rows"][1]["gmacs"]["112"] * (1 + 1e-6)
+
+    assert run_plan(plan, tmp_path / "out", quiet=True) == table
+    assert len(trained) == 3
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs that end at once, with a checkpoint of random weights."""
+    calls: list[str] = []
+
+    def end(config: Any, output: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+        from dynamask.model import build_model
+        from dynamask.train.checkpoint import save_checkpoint
+
+        calls.append(f"{output.parent.name}/{output.name}")
+        classes = [{"id": 1, "name": "thing"}]
+        save_checkpoint(output / "model.safetensors", build_model(config, classes), config, classes)
+        (output / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        result = {"interrupted": False, "seconds": 60.0 + config.train.seed}
+        (output / "metrics.json").write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr(ablation, "train", end)
+    return calls
+
+
+def test_seeds_give_means_and_spreads(tmp_path: Path, untrained: list[str], judged: list[Any]) -> None:
+    table = run_plan(write(tmp_path, seeds=[3, 5], rows=[{"name": "DynaMask"}]), tmp_path / "out", quiet=True)
+    assert untrained == ["dynamask/seed-3", "dynamask/seed-5"]
+    row = table["rows"][0]
+    assert row["seeds"] == [3, 5]
+    assert row["AP"] == {"mean": 1.5, "spread": pytest.approx(0.5**0.5), "values": [1.0, 2.0]}
+    assert row["AP50"] == {"mean": None, "spread": None, "values": []}
+    assert row["mean_gmacs"]["mean"] == pytest.approx((row["gmacs"]["14"] + row["gmacs"]["28"]) / 2)
+    assert row["training_seconds"]["mean"] == 64.0
+    cells = (tmp_path / "out" / "table.md").read_text().splitlines()[2].split(" | ")
+    assert cells[1:5] == ["routed", "1.5 ± 0.7", "–", "2.0 ± 0.0"] and "50 / 50 / 0 / 0" in cells
+
+
+def test_a_row_from_another_trains_nothing_and_nothing_is_judged_twice(tmp_path: Path, untrained: list[str], judged: list[Any]) -> None:
+    rows = [{"name": "DynaMask"}, {"name": "Rule", "from": "DynaMask", "policies": ["size-based", "routed"]}]
+    table = run_plan(write(tmp_path, rows=rows), tmp_path / "out", quiet=True)
+    assert untrained == ["dynamask/seed-0"] and judged == [("routed", 0.0, -1), ("size-based", 0.0, 4)]
+    assert [(row["policy"], row["AP"]["mean"]) for row in table["rows"]] == [("routed", 1.0), ("size-based", 2.0), ("routed", 1.0)]
+    assert table["rows"][1]["training_seconds"]["mean"] is None
+
+    (tmp_path / "out" / "dynamask" / "seed-0" / "metrics.json").unlink()
+    run_plan(write(tmp_path, set={**TINY, "train.evaluate_images": 2}, rows=rows[:1]), tmp_path / "out", quiet=True)
+    assert len(untrained) == 2 and judged[2:] == [("routed", 0.0, -1)]  # other images: judged again
+
+
+def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path, trained: list[str], judged: list[Any]) -> None:
+    run_plan(write(tmp_path, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match=r"train\.rate"):
+        run_plan(write(tmp_path, set={**TINY, "train.rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    longer = run_plan(write(tmp_path, set={**TINY, "train.epochs": 2}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    assert longer["complete"] and trained[-1].endswith("again")
+    assert json.loads((tmp_path / "out" / "mask-r-cnn-28" / "seed-0" / "metrics.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rows": []}, "rows"),
+        ({"rows": [{"name": "a"}, {"name": "A!"}]}, "'a' has no folder of its own"),
+        ({"rows": [{"name": "a", "from": "b"}]}, "'b' is no row; the rows are a"),
+        ({"rows": [{"name": "a"}, {"name": "b", "from": "a"}, {"name": "c", "from": "b"}]}, "'c' is judged from 'b', which trains nothing"),
+        ({"rows": [{"name": "a"}, {"name": "b", "from": "a", "set": {"train.rate": 1}}]}, "leave set and seeds out"),
+        ({"rows": [{"name": "a", "set": {"model.fusion": "sum"}}]}, "row 'a': .*fusion"),
+        ({"rows": [{"name": "a", "set": {"model.no_such": 1}}]}, "no_such"),
+        ({"rows": [{"name": "a", "policies": ["uniform-15"]}]}, "uniform-15"),
+        ({"rows": [{**MASK_RCNN, "policies": ["routed"]}]}, "leave policies out"),
+        ({"rows": [{"name": "a"}], "seeds": []}, "seeds"),
+        ({"rows": [{"name": "a"}], "base": "no-such"}, "no-such"),
+        ({"rows": [{"name": "a", "polices": []}]}, "polices"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused_before_anything_is_trained(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    plan = write(tmp_path, **fields)
+    with pytest.raises(InputError, match=f"plan.yaml.*{said}"):
+        run_plan(plan, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"rows: [", b"\xff\xfe", b"- 1"])
+def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "plan.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"plan\.yaml"):
+        read_plan(path)
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_plans_of_the_paper_s_tables_fit(path: Path) -> None:
+    plan = read_plan(path)
+    configs = [plan.config(row, 0) for row in plan.rows if row.source is None]
+    same = {config.model_copy(update={"model": None, "train": config.train.model_copy(update={"budget": 0, "regularisation_weight": 0})})
+            .model_dump_json() for config in configs}  # fmt: skip
+    assert len(same) == 1, "rows differ in more than the model and the budget"
+    assert len({config.model_dump_json() for config in configs}) == len(configs)
+
+
+def test_there_is_a_plan_for_each_table() -> None:
+    assert {path.stem for path in PLANS} == {f"table-{number}-shapes" for number in (1, 5, 7, 8, 11)}
+
+
+def test_the_command_prints_the_table_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], untrained: list[str], judged: list[Any]
+) -> None:
+    arguments = ["ablate", str(write(tmp_path, rows=[MASK_RCNN])), "--output", str(tmp_path / "out"), "--json", str(tmp_path / "t.json")]
+    assert command_line.main(arguments) == 0
+    assert capsys.readouterr().out == (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "t.json").read_text() == (tmp_path / "out" / "table.json").read_text()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "run_plan", interrupt)
+    assert command_line.main(arguments) == 130
+    assert "go on with: dynamask ablate" in capsys.readouterr().err
+
+
+figure = st.lists(st.floats(0, 100), max_size=3)
+
+
+@given(st.lists(figure, min_size=9, max_size=9), st.booleans())
+def test_every_row_of_the_table_has_every_column(figures: list[list[float]], complete: bool) -> None:
+    names = ["AP", "AP50", "AP75", "boundary_AP", "box_AP", "mean_gmacs", "training_seconds", "evaluation_seconds"]
+    cells = {
+        n: {"mean": sum(f) / len(f) if f else None, "spread": 1.0 if len(f) > 1 else None} for n, f in zip(names, figures, strict=False)
+    }
+    share = {str(grid): 0.25 for grid in GRIDS}
+    row = {"name": "a", "policy": "routed", "seeds": [0], "gmacs": {"28": 0.5}, "image_gmacs": 0.1, "share": share, **cells}
+    lines = markdown({"complete": complete, "rows": [row]}).strip().splitlines()
+    assert len({line.count("|") for line in lines[:3]}) == 1
+    assert ("same command" in lines[-1]) is not complete
