@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 
 import typer
 
+from cli.bench_kernels import kernels
+
 if TYPE_CHECKING:
     from runtime.bench import Eager, Frame
     from runtime.bundle import Manifest
 
 app = typer.Typer(help="Latency, side by side in one run.", no_args_is_help=True)
+app.command()(kernels)
 
 DRAWN_IMAGES = 8
 """Images of shapes that are drawn where none are given."""

@@ -1,0 +1,94 @@
+"""`dynamask bench kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PARTS = (35, 34, 21, 10)
+"""Of the instances at 14, 28, 56 and 112 (paper, Table 9)."""
+MOST_INSTANCES = 400
+
+
+def kernels(
+    instances: Annotated[int, typer.Option(min=1, max=MOST_INSTANCES, help="Instances in the image.")] = 100,
+    runs: Annotated[int, typer.Option(min=100, help="Timed runs of each contender; medians are given.")] = 100,
+    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+) -> None:
+    """Time the plugins' kernels on an NVIDIA GPU, at r50's sizes, against torchvision's operators in turns.
+
+    Example: dynamask bench kernels --json kernels.json
+    """
+    from runtime.bench import machine, random_boxes, spread
+    from runtime.doctor import find_gpus
+    from runtime.files import write_json
+    from trt_plugins.bench import CANVAS, CLASSES, bench_kernels, check_gpu
+
+    check_gpu()
+
+    import numpy as np
+    import torch
+
+    from dynamask.config import R50, Config
+    from dynamask.model import MaskBranch
+
+    boxes = torch.from_numpy(random_boxes(instances, *CANVAS, np.random.default_rng(0)))
+    branch = MaskBranch(Config(model=R50), CLASSES).eval()
+    result = bench_kernels(branch, _eager, boxes, spread(instances, PARTS), runs)
+    result["machine"], result["cuda"], result["gpus"] = machine(), torch.version.cuda, find_gpus()
+    result["machine"]["versions"]["triton"] = _version("triton")
+    if json is not None:
+        write_json(json, result)
+    _print(result)
+
+
+def _eager(branch: nn.Module, pyramid: Sequence[Tensor], boxes: Tensor, labels: Tensor, override: Tensor) -> Sequence[Tensor]:
+    from typing import cast
+
+    import torch
+
+    from dynamask.inference import Detections, segment
+    from dynamask.model import MaskBranch
+    from trt_plugins.bench import CANVAS
+
+    detections = Detections(boxes, torch.ones_like(boxes[:, 0]), labels)
+    return segment(cast(MaskBranch, branch), pyramid, detections, CANVAS, boxes.new_zeros(()), override).logits
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    device, rates = result["device"], result["ceilings"]["rates"]
+    console.print(f"{device['name']}, compute capability {device['compute_capability']}; medians of {result['runs']} runs in turns")
+    peaks = ", ".join(f"{name} products {rate / 1e12:.1f} TFLOP/s" for name, rate in rates.items())
+    console.print(f"measured ceilings: copy {result['ceilings']['bandwidth'] / 1e9:.0f} GB/s, {peaks}")
+    table = Table()
+    for column in ("case", "type", "error", "contender", "timed as"):
+        table.add_column(column)
+    for column in ("median ms", "10–90 %", "over kernel", "of roofline"):
+        table.add_column(column, justify="right")
+    for case in result["cases"]:
+        share = f"{100 * case['roofline_share']:.0f} % ({case['limit']})" if "limit" in case else ""
+        first = [case["name"], case["dtype"], "" if case["error"] is None else f"{case['error']:.0e}"]
+        for name, times in case["times"].items():
+            spread = f"{times['p10_ms']:.3f}–{times['p90_ms']:.3f}"
+            ratio = f"{case['speedup'][name]:.2f}" if name in case["speedup"] else ""
+            table.add_row(*first, name, times["timing"], f"{times['median_ms']:.3f}", spread, ratio, share)
+            first, share = ["", "", ""], ""
+    console.print(table)
+    for dtype, ratios in result["routed_over_largest"].items():
+        console.print(f"mask branch, {dtype}, routed / all at 112: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))

@@ -1,0 +1,225 @@
+"""The kernels' benchmark: its arithmetic by hand, and every contender at small sizes on the CPU, in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import cli.main
+from cli.bench_kernels import _eager
+from dynamask.config import GRIDS, R50, Config
+from dynamask.inference import RPN_NMS_THRESHOLD
+from dynamask.model import MaskBranch
+from dynamask.rfpn import STAGE_LEVELS
+from runtime.errors import InputError
+from trt_plugins import bench, on_torch
+from trt_plugins.bench import KERNEL, Ceilings, Contender, Work, bench_kernels, deform_conv_work, input_sets, roofline, summary
+from trt_plugins.msm_route import MsmRoute
+from trt_plugins.roi_align import RoiAlign
+
+CEILINGS = Ceilings(bandwidth=2e12, rates={"float16": 400e12, "float32": 50e12})
+BOXES = torch.tensor([[2.0, 3.0, 20.0, 31.0], [10.0, 10.0, 60.0, 50.0], [5.0, 8.0, 50.0, 62.0]])
+
+
+def test_sizes_are_the_preset_s() -> None:
+    assert R50.canvas == bench.CANVAS
+    assert R50.fpn_channels == bench.PYRAMID_CHANNELS
+    assert tuple(zip(R50.stage_channels, GRIDS, strict=True)) == bench.STAGES
+    assert tuple(2**level for level in STAGE_LEVELS) == bench.CROP_STRIDES
+    assert R50.anchor_sizes == bench.ANCHOR_SIZES
+    assert 7 * R50.anchor_sizes[0] == bench.CANONICAL_SIZE
+    assert R50.proposals == R50.proposals_per_level == bench.PROPOSALS
+    assert {"Proposals": RPN_NMS_THRESHOLD, "Detections": R50.nms_threshold} == bench.NMS_THRESHOLDS
+    assert R50.score_threshold == bench.SCORE_THRESHOLD
+
+
+@pytest.mark.parametrize(("dtype", "moved"), [(torch.float16, 21_956_160), (torch.float32, 43_912_320)])
+def test_work_of_the_tiny_stage(dtype: torch.dtype, moved: int) -> None:
+    # x and y: 100 * 256 * 196 = 5,017,600 items each; weight: 256 * 256 * 9 = 589,824; bias: 256; offset: 100 * 18 * 196 = 352,800;
+    # products: 5,017,600 outputs of 256 * 9 = 2,304 terms.
+    shapes = [(100, 256, 14, 14), (256, 256, 3, 3), (100, 18, 14, 14), (256,)]
+    work = deform_conv_work([torch.empty(shape, dtype=dtype, device="meta") for shape in shapes], torch.empty(shapes[0], dtype=dtype))
+    assert work == Work(bytes=moved, operations=23_121_100_800)
+
+
+@pytest.mark.parametrize(
+    ("work", "dtype", "ms", "limit"),
+    [
+        (Work(2_000_000_000, 100_000_000_000), "float16", 1.0, "memory"),
+        (Work(2_000_000_000, 800_000_000_000), "float16", 2.0, "arithmetic"),
+        (Work(2_000_000_000, 100_000_000_000), "float32", 2.0, "arithmetic"),
+    ],
+)
+def test_roofline_is_the_longer_of_the_two_times(work: Work, dtype: str, ms: float, limit: str) -> None:
+    floor = roofline(work, dtype, CEILINGS)
+    assert floor.ms == pytest.approx(ms) and floor.limit == limit
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=50))
+def test_summary_is_numpy_s_quantiles(times: list[float]) -> None:
+    p10, median, p90 = np.quantile(times, [0.1, 0.5, 0.9])
+    assert summary(times) == pytest.approx({"median_ms": median, "p10_ms": p10, "p90_ms": p90})
+
+
+@pytest.mark.parametrize(("size", "cache", "sets"), [(100, 30, 1), (100, 50, 1), (100, 51, 2), (100, 200, 4), (1, 1000, 16)])
+def test_as_many_inputs_as_the_cache_cannot_hold_twice(size: int, cache: int, sets: int) -> None:
+    assert input_sets(size, cache) == sets
+
+
+def test_launch_gives_what_the_tests_runner_gives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(size, generator=generator) for size in [(2, 4, 5, 6), (3, 4, 3, 3), (2, 18, 5, 6), (3,)]]
+    assert torch.equal(bench.launch(bench.PLAIN, inputs)[0], on_torch.run(bench.PLAIN, inputs)[0])
+    sized = bench.launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), torch.tensor(0.0)])
+    assert [len(output) for output in sized[:4]] == [3, 3, 3, 3], "as much room as the slots"
+
+
+def _route(slots: int) -> MsmRoute:
+    return MsmRoute(canvas=(64, 64), detections=slots, costs=(1.0, 2.0, 3.0, 4.0))
+
+
+class _CPU(TorchFunctionMode):
+    """Plays the GPU: what asks for one is made on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return function(*["cpu" if isinstance(arg, str) and arg == "cuda" else arg for arg in args], **kwargs)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small sizes, and the CPU in the GPU's place."""
+    sizes = {"CANVAS": (64, 64), "PYRAMID_CHANNELS": 8, "ANCHOR_SIZES": (8, 16, 24, 32, 40), "CLASSES": 3, "PROPOSALS": 12, "MOST_SETS": 2}
+    for name, value in sizes.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 30))
+    with _CPU(), torch.inference_mode():
+        torch.manual_seed(0)
+        yield
+
+
+def _region(aligned: int) -> RoiAlign:
+    return RoiAlign(strides=(4, 8, 16, 32), size=3, samples=2, aligned=aligned, canonical_size=30.0)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: bench._deform_conv(2, 4, 5, torch.float32),
+        lambda: bench._deform_conv(2, 4, 5, torch.float16),
+        lambda: bench._roi_align("box region", _region(0), 4, BOXES, torch.float32),
+        lambda: bench._roi_align("mask region", _region(1), 4, BOXES, torch.float16),
+    ],
+    ids=["DeformConv", "DeformConv in half", "RoiAlign", "RoiAlign in half"],
+)
+def test_contenders_compute_the_same(small: None, build: Callable[[], bench.Case]) -> None:
+    case = build()
+    assert next(iter(case.contenders)) == KERNEL and {len(each.calls) for each in case.contenders.values()} == {2}
+    assert case.error is not None and case.error < (1e-5 if case.dtype == torch.float32 else 5e-3)
+    ours, *peers = (_flat(contender.calls[1]()) for contender in case.contenders.values())
+    for peer in peers:
+        assert bench.relative_error(ours.sort().values, peer.sort().values) < (1e-5 if case.dtype == torch.float32 else 2e-2)
+
+
+def _flat(found: Any) -> Tensor:
+    """Crops by level are in another order: values are compared sorted."""
+    return torch.cat([part.flatten().float() for part in ([found] if isinstance(found, Tensor) else found)])
+
+
+def _found(case: bench.Case, contender: str) -> Any:
+    return case.contenders[contender].calls[0]()
+
+
+def test_proposals_and_detections_find_what_torchvision_finds(small: None) -> None:
+    proposals = bench._proposals(torch.float32)
+    boxes, count = _found(proposals, KERNEL)
+    [expected], _ = _found(proposals, "torchvision")
+    # torchvision's drops boxes that clipping left without area; the model, and so the kernel, does not.
+    filled = boxes[: int(count)]
+    filled = filled[(filled[:, 2:] > filled[:, :2]).all(dim=1)]
+    assert len(filled) > 6
+    torch.testing.assert_close(filled, expected[: len(filled)], atol=1e-3, rtol=0)
+    detections = bench._detections(bench.near(BOXES, 12), 6, torch.float32)
+    boxes, scores, labels, _, n = _found(detections, KERNEL)
+    [theirs], [their_scores], [their_labels] = _found(detections, "torchvision")
+    assert 0 < int(n) <= 6
+    torch.testing.assert_close(boxes[: int(n)], theirs, atol=1e-3, rtol=0)
+    torch.testing.assert_close(scores[: int(n)], their_scores)
+    assert torch.equal(labels[: int(n)] + 1, their_labels)
+
+
+def test_the_mask_branch_with_kernels_gives_pytorch_s_masks(small: None) -> None:
+    model = R50.model_copy(update={"canvas": (64, 64), "fpn_channels": 8, "stage_channels": (8, 8, 8, 8)})
+    branch = MaskBranch(Config(model=model), 3).eval()
+    for stage in cast(Any, branch.rfpn.stages):
+        nn.init.normal_(stage.align_offset.weight, std=0.1)
+    branch.canonical_size = bench.REGION.values["canonical_size"]
+    counts = [1, 1, 0, 0]
+    case = bench._mask_branch(bench.ROUTED, branch, _eager, _route(2), BOXES[:2], counts, torch.float32)
+    assert case.error is not None and case.error < 1e-4
+    assert [len(x) for x in _found(case, "PyTorch eager")] == counts
+
+
+def test_figures_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = {KERNEL: Contender([int]), "peer": Contender([int], graph=False)}
+    monkeypatch.setattr(bench, "take_turns", lambda given, runs: ({KERNEL: [2.0] * runs, "peer": [5.0] * runs}, {KERNEL: 4, "peer": 1}))
+    work = Work(2_000_000_000, 0)
+    result = bench._measured(bench.Case("a case", torch.float16, contenders, work, 0.25), CEILINGS, 3)
+    assert result["speedup"] == {"peer": 2.5}
+    assert result["times"]["peer"] == {"median_ms": 5.0, "p10_ms": 5.0, "p90_ms": 5.0, "calls": 1, "timing": "calls"}
+    assert result["floor_ms"] == pytest.approx(1.0) and result["roofline_share"] == pytest.approx(0.5) and result["limit"] == "memory"
+
+
+def test_routed_over_largest_is_by_type_and_contender() -> None:
+    medians = {("routed", "float16"): 3.0, ("all at 112", "float16"): 4.0, ("routed", "float32"): 5.0, ("all at 112", "float32"): 20.0}
+    cases: list[dict[str, Any]] = [
+        {"name": f"mask branch, {name}: 1 / 2", "dtype": dtype, "times": {KERNEL: {"median_ms": ms}, "peer": {"median_ms": 2 * ms + 1}}}
+        for (name, dtype), ms in medians.items()
+    ]
+    found = bench.routed_over_largest([{"name": "MsmRoute", "dtype": "float32", "times": {}}, *cases])
+    assert found == {"float16": {KERNEL: 0.75, "peer": 7 / 9}, "float32": {KERNEL: 0.25, "peer": 11 / 41}}
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main.main(["bench", "kernels"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and "NVIDIA GPU" in printed.err
+
+
+def test_an_interpreter_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(InputError, match="TRITON_INTERPRET=1"):
+        bench.check_gpu()
+
+
+@pytest.mark.parametrize(("counts", "runs"), [([1, 1, 0, 0], 100), ([1, 1, 1, 0], 1)])
+def test_what_measures_nothing_is_refused(counts: Sequence[int], runs: int) -> None:
+    with pytest.raises(InputError, match="give some boxes"):
+        bench_kernels(nn.Identity(), _eager, BOXES, counts, runs)
+
+
+@pytest.mark.gpu
+def test_the_whole_benchmark_on_a_gpu() -> None:
+    boxes = BOXES * 10
+    result = bench_kernels(MaskBranch(Config(model=R50), bench.CLASSES).eval(), _eager, boxes, [1, 1, 0, 1], runs=2)
+    assert {case["name"].split()[0].rstrip(":,") for case in result["cases"]} == {
+        "DeformConv", "RoiAlign", "Proposals", "Detections", "MsmRoute", "mask",
+    }  # fmt: skip
+    for case in result["cases"]:
+        assert all(times["median_ms"] > 0 for times in case["times"].values())
+        assert case["error"] is None or case["error"] < (1e-2 if case["dtype"] == "float32" else 5e-2)
+    for case in result["cases"][: 2 * len(bench.STAGES)]:
+        assert 0 < case["roofline_share"] < 1.1
