@@ -25,8 +25,10 @@ def stream(
     ] = None,
     jsonl: Annotated[Path | None, typer.Option(metavar="FILE", help="One JSON line a frame: boxes, classes, grids, masks as RLE.")] = None,
     frames_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Annotated frames as JPEG.")] = None,
-    target: Annotated[str, typer.Option(help="The engine to run: auto, onnxruntime.")] = "auto",
-    budget: Annotated[float | None, typer.Option(min=0, help="Mean GMAC per instance to keep to.")] = None,
+    target: Annotated[
+        str, typer.Option(help="The engine to run: auto (the best that is built and can run here), tensorrt-rtx, tensorrt, onnxruntime.")
+    ] = "auto",
+    budget: Annotated[float | None, typer.Option(min=0, help="Mean GMAC per instance to keep to, over the stream.")] = None,
     grid: Annotated[
         str, typer.Option(help="routed, routed@50% (of the largest grid), uniform-14, -28, -56, -112 or size-based.")
     ] = "routed",
