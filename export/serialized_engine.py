@@ -19,7 +19,7 @@ from typing import Any
 
 from runtime.cuda import Driver, open_driver
 from runtime.errors import DynaMaskError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, user_cache
 from runtime.targets.tensorrt import KernelLauncher
 from trt_plugins.kernels import KernelLibrary
 from trt_plugins.plugin import Launcher, register
@@ -178,7 +178,7 @@ def _timing_cache(trt: ModuleType, config: Any, driver: Driver | None) -> Iterat
     if driver is None:
         yield
         return
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamask" / "tensorrt"
+    folder = user_cache("tensorrt")
     file = folder / f"{trt.__version__}-{re.sub('[^0-9A-Za-z]+', '-', driver.device)}.timing"
     cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)

@@ -34,9 +34,23 @@ def _every_grid(costs: dict[int, float]) -> dict[int, float]:
     return costs
 
 
+def _rising(values: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not values[0] <= values[1] <= values[2]:
+        raise ValueError(f"{values} do not rise from the least over the likeliest to the most")
+    return values
+
+
+def _rising_sides(canvases: tuple[Canvas, Canvas, Canvas]) -> tuple[Canvas, Canvas, Canvas]:
+    for sides in zip(*canvases, strict=True):
+        _rising(sides)
+    return canvases
+
+
 FileName = Annotated[str, AfterValidator(_inside)]
 """A file's path inside the bundle, with forward slashes."""
 Side = Annotated[int, Field(gt=0, multiple_of=32)]
+Canvas = tuple[Side, Side]
+Count = Annotated[int, Field(gt=0)]
 Rgb = tuple[float, float, float]
 
 
@@ -51,6 +65,15 @@ class FileEntry(_Strict):
     bytes: int
 
 
+class Profile(_Strict):
+    """What one run of an engine takes: the least, the likeliest, which it is tuned for, and the most."""
+
+    batch: Annotated[tuple[Count, Count, Count], AfterValidator(_rising)] = (1, 1, 1)
+    """Images."""
+    canvas: Annotated[tuple[Canvas, Canvas, Canvas], AfterValidator(_rising_sides)]
+    """Height and width, pixels, each rising by itself."""
+
+
 class EngineEntry(_Strict):
     """An engine built from the bundle's model."""
 
@@ -58,6 +81,8 @@ class EngineEntry(_Strict):
     precision: str
     versions: dict[str, str]
     """Name -> version of what built it."""
+    profile: Profile | None = None
+    """None: one image on the bundle's canvas."""
 
 
 class Manifest(_Strict):
@@ -70,7 +95,7 @@ class Manifest(_Strict):
     """The bundle's files, engines aside; `Bundle.create` fills it."""
     classes: list[ClassName]
     """In the order of the model's labels."""
-    canvas: tuple[Side, Side]
+    canvas: Canvas
     """Height and width, pixels."""
     mean: Rgb
     std: Rgb
@@ -141,13 +166,16 @@ class Bundle:
             shutil.rmtree(temporary, ignore_errors=True)
         return cls(path, manifest)
 
-    def add_engine(self, target: str, files: Mapping[str, bytes | Path], precision: str, versions: Mapping[str, str]) -> EngineEntry:
+    def add_engine(
+        self, target: str, files: Mapping[str, bytes | Path], precision: str, versions: Mapping[str, str], profile: Profile | None = None
+    ) -> EngineEntry:
         """Put an engine under `engines/<target>/`, in place of an earlier one for that target.
 
         Args:
             files: name inside that folder -> content, or a file to copy.
             precision: `fp32`, …
             versions: name -> version of what built it.
+            profile: what one run takes; None for one image on the bundle's canvas.
 
         Raises:
             DynaMaskError: the disk is full or the folder cannot be written; the bundle then has no engine for the target.
@@ -164,7 +192,7 @@ class Bundle:
                 else:
                     shutil.copyfile(content, temporary)
         entries = {f"engines/{target}/{name}": _file_entry(folder / name) for name in files}
-        entry = EngineEntry(files=entries, precision=precision, versions=dict(versions))
+        entry = EngineEntry(files=entries, precision=precision, versions=dict(versions), profile=profile)
         self._set_engines({**others, target: entry})
         return entry
 

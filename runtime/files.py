@@ -59,6 +59,11 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def user_cache(name: str) -> Path:
+    """The folder, perhaps not made yet, for what only saves time and may be deleted: `~/.cache/dynamask/<name>` (`XDG_CACHE_HOME`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamask" / name
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

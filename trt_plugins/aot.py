@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, user_cache
 from trt_plugins.kernels import COMPUTE_CAPABILITIES, CompiledKernel, KernelLibrary
 from trt_plugins.operator import KernelSpec
 
@@ -52,7 +52,7 @@ def compile_kernels(
         InputError: Triton is not installed.
         DynaMaskError: a kernel does not compile (names it and the compute capability), or the cache cannot be written.
     """
-    folder = cache or _cache_folder()
+    folder = cache or user_cache("kernels")
     files = {
         (spec, capability): folder / f"{_digest(spec, capability)}.json"
         for spec in {spec.key: spec for spec in specs}.values()
@@ -162,10 +162,6 @@ def _resources(cuobjdump: Path, cubin: bytes) -> tuple[int | None, int | None]:
             return None, None
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
     return usage.get("REG"), usage["STACK"] + usage["LOCAL"] if {"STACK", "LOCAL"} <= usage.keys() else None
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamask" / "kernels"
 
 
 def _cached(file: Path) -> CompiledKernel | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import threading
 import time
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from runtime.bundle import Bundle, EngineEntry
 from runtime.cuda import Driver, open_driver
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, user_cache
 from runtime.instances import GRIDS
 from runtime.targets.base import MSM, EngineOutput, GridOverride
 from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
@@ -326,7 +325,7 @@ def library_version(target: str) -> str:
 
 
 def _runtime_cache(trt: ModuleType, engine: Any, entry: EngineEntry, device: str) -> RuntimeCache:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamask" / "tensorrt-rtx"
+    folder = user_cache("tensorrt-rtx")
     sha256 = next(file.sha256 for name, file in entry.files.items() if Path(name).name == ENGINE)
     return RuntimeCache(trt, engine, folder / f"{sha256[:16]}-{re.sub('[^0-9A-Za-z]+', '-', device)}.bin")
 
