@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, TypeVar
 
 import typer
+
+from runtime.errors import InputError
+
+Value = TypeVar("Value")
 
 
 def build_engine(
@@ -28,28 +33,57 @@ def build_engine(
             "By default that of the GPU at hand; where there is none, 8.0, 8.6, 8.7, 8.9, 9.0 and 12.0.",
         ),
     ] = None,
+    batch: Annotated[
+        str, typer.Option(metavar="N|LEAST:LIKELY:MOST", help="Images that a run takes: always N, or any number from LEAST to MOST.")
+    ] = "1",
+    size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="HxW|LEAST:LIKELY:MOST",
+            help="Canvas in pixels, multiples of 32; by default the bundle's. With a range, 224x384:224x384:384x384, no work is done on "
+            "the padding of images that do not fill the canvas.",
+        ),
+    ] = None,
     json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
 ) -> None:
     """Build an engine in the bundle, in place of an earlier one for the same target; one whose inputs have not changed is kept.
 
-    An engine takes one image at a time, at the canvas that the bundle was exported with; how many instances an image has may vary.
+    An engine takes one image at a time on the canvas that the bundle was exported with, unless --batch and --size, for TensorRT, say more;
+    how many instances an image has may always vary.
     Engines for tensorrt-rtx are built on any machine, with or without a GPU; those for tensorrt on the GPU that will run them.
 
-    Example: dynamask build-engine lite0.bundle --target tensorrt-rtx --precision fp16 --compute-capability 8.9
+    Example: dynamask build-engine lite0.bundle --target tensorrt-rtx --precision fp16 --compute-capability 8.9 --batch 1:4:8
     """
     from rich.console import Console
     from rich.progress import Progress
 
+    from cli.data import parse_size
     from export import engine
     from runtime.files import write_json
 
     capabilities = [part.strip() for given in compute_capability or () for part in given.split(",") if part.strip()]
+    batches = _three(batch, _count)
+    canvases = None if size is None else _three(size, parse_size)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         phases = _Phases(progress)
-        result = engine.build_engine(bundle, target, precision, capabilities, phases.update)
+        result = engine.build_engine(bundle, target, precision, capabilities, batches, canvases, phases.update)
     if json is not None:
         write_json(json, result)
     typer.echo(_summary(result))
+
+
+def _three(given: str, parse: Callable[[str], Value]) -> tuple[Value, Value, Value]:
+    """One value is all three."""
+    values = [parse(part) for part in given.split(":")]
+    if len(values) not in (1, 3):
+        raise InputError(f"{given} is neither one value nor three, LEAST:LIKELY:MOST; give 4, say, or 1:4:8.")
+    return values[0], values[len(values) // 2], values[-1]
+
+
+def _count(given: str) -> int:
+    if not given.isdecimal():
+        raise InputError(f"--batch {given} is not a number of images; give 4, say, or 1:4:8.")
+    return int(given)
 
 
 class _Phases:
@@ -70,8 +104,20 @@ class _Phases:
 def _summary(result: dict[str, Any]) -> str:
     state = "nothing has changed, kept" if result["reused"] else f"{result['seconds']:.1f} s"
     lines = [f"{result['engine']} ({result['bytes'] / 1e6:.1f} MB, {result['precision']}, {state})"]
+    if text := _profile(**result["profile"]):
+        lines.append(text)
     if nodes := result["plugin_nodes"]:
         capabilities = sorted({kernel["compute_capability"] for kernel in result["kernels"]}, key=float)
         lines.append(f"plugins: {', '.join(f'{name} ×{count}' for name, count in nodes.items())}")
         lines.append(f"{len(result['kernels'])} kernels for compute capability {', '.join(capabilities)}")
     return "\n".join(lines)
+
+
+def _profile(batch: Sequence[int], canvas: Sequence[Sequence[int]]) -> str:
+    """What a run takes, where it is not one image on one canvas."""
+    least, likely, most = batch
+    sizes = [f"{height}x{width}" for height, width in canvas]
+    if most == 1 and len(set(sizes)) == 1:
+        return ""
+    images = "1 image" if most == 1 else f"{most} images" if least == most else f"{least} to {most} images, tuned for {likely},"
+    return f"a run takes {images} " + (f"of {sizes[0]}" if len(set(sizes)) == 1 else f"of {sizes[0]} to {sizes[2]}, tuned for {sizes[1]}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -9,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from runtime.instances import Instances
     from runtime.predictor import Predictor
 
@@ -41,29 +46,40 @@ def predict(
     """Find the instances in images; an image that cannot be read is named, and the others still run."""
     from runtime.errors import InputError
     from runtime.files import write_json
-    from runtime.images import read_image
     from runtime.predictor import load
 
     records: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     with load(bundle, target, budget, threads) as predictor:
-        for number, path in enumerate(images):
-            try:
-                image = read_image(path)
-            except InputError as error:
-                typer.echo(str(error), err=True)
-                failures.append({"image": str(path), "reason": str(error)})
-                continue
-            instances = predictor(image, grid_override=_OVERRIDES[grid], min_score=score)
-            records.append(_record(number, path, instances))
-            if output is not None:
-                _draw(output / f"{path.stem}.{number}.png" if _repeated(path, images) else output / f"{path.stem}.png", image, instances)
-            typer.echo(_sentence(path, instances))
+        readable = _read(images, failures)
+        while group := list(itertools.islice(readable, predictor.engine.profile.batch[-1])):
+            found = predictor.batch([image for *_, image in group], grid_override=_OVERRIDES[grid], min_score=score)
+            for (number, path, image), instances in zip(group, found, strict=True):
+                records.append(_record(number, path, instances))
+                if output is not None:
+                    name = f"{path.stem}.{number}.png" if _repeated(path, images) else f"{path.stem}.png"
+                    _draw(output / name, image, instances)
+                typer.echo(_sentence(path, instances))
         result = {"bundle": str(bundle), "target": predictor.engine.target, "images": records, "failures": failures}
     if json is not None:
         write_json(json, result | {"classes": _classes(predictor)})
     if failures:
         raise typer.Exit(InputError.exit_status)
+
+
+def _read(paths: list[Path], failures: list[dict[str, str]]) -> Iterator[tuple[int, Path, npt.NDArray[np.uint8]]]:
+    """Number, path and image `[H, W, 3]` of those that can be read; the others are named, and added to `failures`."""
+    from runtime.errors import InputError
+    from runtime.images import read_image
+
+    for number, path in enumerate(paths):
+        try:
+            image = read_image(path)
+        except InputError as error:
+            typer.echo(str(error), err=True)
+            failures.append({"image": str(path), "reason": str(error)})
+            continue
+        yield number, path, image
 
 
 def _record(number: int, path: Path, instances: Instances) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Builds engines into a bundle: for ONNX Runtime, the graph cut in two; for TensorRT, one engine and the kernels of its plugins.
 
-Engines are for one image at a time on the bundle's canvas; the number of instances is decided on the device, image by image. Needs neither
-PyTorch nor, for TensorRT for RTX, a GPU.
+Engines are for one image at a time on the bundle's canvas or, for TensorRT, for what their profile says; the number of instances is decided
+on the device, image by image. Needs neither PyTorch nor, for TensorRT for RTX, a GPU.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import onnx
+from pydantic import ValidationError
 
 import dynamask
 import trt_plugins
 from export.lowering import Lowered, lower
 from export.precision import emulate_fp16, to_fp16
 from export.serialized_engine import Progress, build_serialized
-from runtime.bundle import MODEL, Bundle, EngineEntry
+from runtime.bundle import MODEL, Bundle, Canvas, EngineEntry, Profile
 from runtime.cuda import Driver, open_driver
 from runtime.errors import InputError
 from runtime.targets.base import check_target
@@ -44,6 +45,8 @@ def build_engine(
     target: str,
     precision: str = "fp32",
     capabilities: Sequence[str] = (),
+    batch: tuple[int, int, int] = (1, 1, 1),
+    canvas: tuple[Canvas, Canvas, Canvas] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
     """Build the engine of a bundle for a target, in place of an earlier one.
@@ -55,15 +58,18 @@ def build_engine(
             costs, and is not faster.
         capabilities: compute capabilities to compile kernels for (`8.9`); by default that of the GPU at hand, and without one all of
             `COMPUTE_CAPABILITIES`. Engines for `tensorrt` are made on their GPU and for it.
+        batch: images of a run, the least, the likeliest (which the engine is tuned for) and the most; `onnxruntime` takes one.
+        canvas: likewise, heights and widths in pixels, multiples of 32; by default, and for `onnxruntime`, the bundle's own.
 
     Returns:
-        `engine` (its folder), `bytes` of its files, `seconds`, `target`, `precision`, `versions`, `plugins` (names of operators, sorted),
-        `plugin_nodes` (name -> how many), `rewrites` (`name`, `count`, `why`), `kernels` (`kernel`, `compute_capability`, `registers`,
-        `spills` and `shared` in bytes), `reused` (nothing has changed since it was built, and it was left as it is).
+        `engine` (its folder), `bytes` of its files, `seconds`, `target`, `precision`, `profile` (`batch`, `canvas`), `versions`,
+        `plugins` (names of operators, sorted), `plugin_nodes` (name -> how many), `rewrites` (`name`, `count`, `why`), `kernels` (`kernel`,
+        `compute_capability`, `registers`, `spills` and `shared` in bytes), `reused` (nothing has changed since it was built, and it was
+        left as it is).
 
     Raises:
-        InputError: the bundle is missing, damaged or of an earlier version; no such target, precision or compute capability; a library or,
-            for `tensorrt`, a GPU is missing.
+        InputError: the bundle is missing, damaged or of an earlier version; no such target, precision or compute capability; a profile that
+            does not rise, or that the target does not have; a library or, for `tensorrt`, a GPU is missing.
         DynaMaskError: a kernel does not compile, the target does not take the graph, or the engine could not be written.
     """
     start = time.perf_counter()
@@ -71,19 +77,39 @@ def build_engine(
     if precision not in PRECISIONS:
         raise InputError(f"{precision} is not a precision that engines are built in; take {' or '.join(PRECISIONS)}.")
     opened = Bundle.open(bundle)
+    own = Profile(canvas=(opened.manifest.canvas,) * 3)
+    profile = _profile(batch, canvas or own.canvas)
     if target == "onnxruntime":
+        if profile != own:
+            height, width = opened.manifest.canvas
+            raise InputError(
+                f"The target onnxruntime takes one image at a time on the bundle's canvas of {height}x{width}: leave batch and size out, "
+                "and export another bundle for another canvas."
+            )
         entry, details = _build_onnxruntime(opened, precision, capabilities)
     else:
-        entry, details = _build_tensorrt(opened, cast(TensorRTTarget, target), precision, capabilities, progress)
+        entry, details = _build_tensorrt(opened, cast(TensorRTTarget, target), precision, capabilities, profile, progress)
     return {
         "engine": str(Path(bundle, "engines", target)),
         "bytes": sum(file.bytes for file in entry.files.values()),
         "seconds": time.perf_counter() - start,
         "target": target,
         "precision": entry.precision,
+        "profile": profile.model_dump(mode="json"),
         "versions": entry.versions,
         **details,
     }
+
+
+def _profile(batch: tuple[int, int, int], canvas: tuple[Canvas, Canvas, Canvas]) -> Profile:
+    try:
+        return Profile(batch=batch, canvas=canvas)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"No engine has the {first['loc'][0]} {first['input']}: give the least, the likeliest and the most, each at least as large as "
+            "the one before, images from 1 on and sides that are multiples of 32."
+        ) from error
 
 
 def _build_onnxruntime(bundle: Bundle, precision: str, capabilities: Sequence[str]) -> tuple[EngineEntry, dict[str, Any]]:
@@ -98,14 +124,14 @@ def _build_onnxruntime(bundle: Bundle, precision: str, capabilities: Sequence[st
 
 
 def _build_tensorrt(
-    bundle: Bundle, target: TensorRTTarget, precision: str, capabilities: Sequence[str], progress: Progress
+    bundle: Bundle, target: TensorRTTarget, precision: str, capabilities: Sequence[str], profile: Profile, progress: Progress
 ) -> tuple[EngineEntry, dict[str, Any]]:
     trt = load(target)
     driver = _driver(target)
     capabilities = _compute_capabilities(capabilities, driver)
-    lowered = lower(_read_graph(bundle, precision))
+    lowered = lower(_read_graph(bundle, precision), profile)
     versions = {target: trt.__version__, **_versions()}
-    versions[INPUTS] = _digest(lowered.model, precision, capabilities, versions)
+    versions[INPUTS] = _digest(lowered.model, profile, precision, capabilities, versions)
     entry = _unchanged(bundle, target, versions)
     reused = entry is not None
     if entry is not None:
@@ -116,8 +142,8 @@ def _build_tensorrt(
         with tempfile.TemporaryDirectory(prefix="dynamask-") as folder:
             model, engine = Path(folder, MODEL), Path(folder, ENGINE)
             onnx.save(lowered.model, model)
-            build_serialized(target, model, engine, library, progress)
-            entry = bundle.add_engine(target, {ENGINE: engine, **library.to_files()}, precision, versions)
+            build_serialized(target, model, engine, library, lowered.ranges, progress)
+            entry = bundle.add_engine(target, {ENGINE: engine, **library.to_files()}, precision, versions, profile)
     return entry, {**_details(lowered, library), "reused": reused}
 
 
@@ -170,10 +196,10 @@ def _version(package: str) -> str:
         raise InputError(f"Engines for TensorRT are built with {package}, which is not installed; run pip install {package}.") from None
 
 
-def _digest(model: onnx.ModelProto, precision: str, capabilities: Sequence[str], versions: dict[str, str]) -> str:
+def _digest(model: onnx.ModelProto, profile: Profile, precision: str, capabilities: Sequence[str], versions: dict[str, str]) -> str:
     """Of all that decides an engine: the lowered graph, what was asked for, the versions, and the sources of plugins and builder."""
     digest = hashlib.sha256(model.SerializeToString(deterministic=True))
-    digest.update(repr((precision, list(capabilities), sorted(versions.items()))).encode())
+    digest.update(repr((profile, precision, list(capabilities), sorted(versions.items()))).encode())
     for file in [*sorted(Path(__file__).parent.glob("*engine.py")), *sorted(Path(trt_plugins.__path__[0]).rglob("*.py"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

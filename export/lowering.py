@@ -2,11 +2,15 @@
 
 Standard operators go in, standard operators and nodes of the domain `dynamask` come out (`DynaMask` + the operator's name; what they are is
 in `trt_plugins`). The seams (`export.seams`) say where the parts to replace begin and end; the facts, what their nodes do not tell.
+
+The portable graph takes one image on one canvas; a `Profile` lets the lowered one take several, and other canvases. Between this project's
+operators nothing depends on either. Slots stay flat: slot k of image b is row `K b + k` of `boxes`, `grid_override` and the like, and
+`slots_14` to `slots_112` hold such rows. The budget is the mean over the instances of all images of a run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from export.seams import DETECTIONS, HERE, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, SLOTS, GraphFacts, read_facts
-from runtime.bundle import MODEL
+from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
 from trt_plugins.operator import DType, Operator, TensorSpec
 from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX
@@ -31,6 +35,9 @@ SplitToSequence StringConcat StringNormalizer StringSplit SwiGLU TfIdfVectorizer
 UNSUPPORTED = frozenset(_UNSUPPORTED.split())
 """Standard operators that TensorRT-RTX 1.7 does not build: its parser refuses them or, for NonMaxSuppression, NonZero and RoiAlign, takes
 them and has nothing that runs them on every machine."""
+
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -58,25 +65,30 @@ class Lowered:
     rewrites: tuple[Rewrite, ...]
     operators: tuple[PlacedOperator, ...]
     """In the order in which they run."""
+    ranges: Mapping[str, tuple[Shape, Shape, Shape]]
+    """Inputs whose shape varies -> the least, the likeliest and the most."""
 
 
-def lower(model: onnx.ModelProto) -> Lowered:
+def lower(model: onnx.ModelProto, profile: Profile | None = None) -> Lowered:
     """Lower a portable graph, fp32 or fp16 inside; `model` itself is left as it is.
 
-    Inputs, outputs and the names of the tensors that remain are those of the portable graph.
+    Inputs, outputs and the names of the tensors that remain are those of the portable graph. Without a profile, so are the shapes.
 
     Raises:
-        InputError: the graph lacks its facts or a seam, or holds an operator that neither TensorRT nor this project has.
+        InputError: the graph lacks its facts or a seam, or holds an operator that neither TensorRT nor this project has; or the profile
+            has more slots in a run than an operator takes.
     """
     facts = read_facts(model)
+    profile = profile or Profile(canvas=(facts.canvas,) * 3)
     graph = gs.import_onnx(model)
     # Otherwise this project's domain would be added to the portable graph too.
     graph.import_domains = [onnx.helper.make_opsetid(entry.domain, entry.version) for entry in model.opset_import]
     rewrites = []
     for name, rewrite, why in REWRITES:
-        rewrites.append(Rewrite(name, rewrite(graph, facts), why))
+        rewrites.append(Rewrite(name, rewrite(graph, facts, profile), why))
         graph.cleanup()
     graph.toposort()
+    set_sizes(graph, facts, profile)
     operators = tuple(place_operators(graph))
     identities = drop_identities(graph)
     rewrites.append(Rewrite("identities", identities, "casts and reshapes that change nothing would each be a layer of the engine"))
@@ -84,14 +96,13 @@ def lower(model: onnx.ModelProto) -> Lowered:
     check_supported(graph)
     lowered = gs.export_onnx(graph)
     lowered.metadata_props.extend(model.metadata_props)
-    return Lowered(lowered, tuple(rewrites), operators)
+    return Lowered(lowered, tuple(rewrites), operators, _ranges(facts, profile))
 
 
-def lower_proposals(graph: gs.Graph, facts: GraphFacts) -> int:
+def lower_proposals(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     """From the RPN's outputs to `proposals` and `proposal_count`: one DynaMaskProposals."""
     inputs = _seams(graph, *RPN_LOGITS, *RPN_DELTAS)
     attributes = {
-        "canvas": list(facts.canvas),
         "strides": list(facts.strides),
         "per_level": facts.proposals_per_level,
         "proposals": facts.proposals,
@@ -103,32 +114,42 @@ def lower_proposals(graph: gs.Graph, facts: GraphFacts) -> int:
     return 1
 
 
-def lower_detections(graph: gs.Graph, facts: GraphFacts) -> int:
+def lower_detections(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     """From the box head's outputs to the detections and the filled `slots`: one DynaMaskDetections."""
     inputs = _seams(graph, "class_logits", "box_deltas", "proposals", "proposal_count", "min_score")
     attributes = {
-        "canvas": list(facts.canvas),
+        "proposals": facts.proposals,
+        "stride": facts.strides[0],
         "detections": facts.detections,
         "score_threshold": facts.score_threshold,
         "nms_threshold": facts.nms_threshold,
     }
-    node = _operator("Detections", "detections", attributes, [*map(_widened, inputs)])
+    node = _operator("Detections", "detections", attributes, [*map(_widened, inputs), _finest_map(graph)])
     replace_between(graph, inputs, _seams(graph, *DETECTIONS, "slots"), node, sizes=["n"])
     return 1
 
 
-def lower_routing(graph: gs.Graph, facts: GraphFacts) -> int:
+def lower_routing(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     """From the MSM's logits to the grids and the index of every stage: one DynaMaskMsmRoute."""
     inputs = _seams(graph, "msm_logits", "mask_boxes", "mask_overrides", "slots", "budget")
-    attributes = {"canvas": list(facts.canvas), "detections": facts.detections, "costs": list(facts.costs)}
-    node = _operator("MsmRoute", "msm_route", attributes, [*map(_widened, inputs)])
+    attributes = {
+        "batch": profile.batch[-1],
+        "stride": facts.strides[0],
+        "detections": facts.detections,
+        "costs": list(facts.costs),
+    }
+    node = _operator("MsmRoute", "msm_route", attributes, [*map(_widened, inputs), _finest_map(graph)])
     replace_between(graph, inputs, _seams(graph, "grids", *ONWARD, *HERE, *SLOTS), node, sizes=["n1", "n2", "n3", "m0", "m1", "m2", "m3"])
     return 1
 
 
-def lower_pyramid_roi_align(graph: gs.Graph, facts: GraphFacts) -> int:
+def lower_pyramid_roi_align(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     """From P2..P5 and boxes to `box_region` and to `region`: one DynaMaskRoiAlign each."""
-    for boxes, region in (("proposals", "box_region"), ("mask_boxes", "region")):
+    crops_of: tuple[tuple[str, str, int, Sequence[str]], ...] = (
+        ("proposals", "box_region", facts.proposals, []),
+        ("mask_boxes", "region", facts.detections, ["slots"]),
+    )
+    for boxes, region, per_image, places in crops_of:
         inputs, outputs = _seams(graph, *PYRAMID, boxes), _seams(graph, region)
         maps = [_widened(tensor) for tensor in inputs[:-1]]
         crops = {_widened(node.inputs[0]).name: node for node in region_between(inputs, outputs) if node.op == "RoiAlign"}
@@ -137,24 +158,43 @@ def lower_pyramid_roi_align(graph: gs.Graph, facts: GraphFacts) -> int:
         levels = [_roi_align_attributes(crops[tensor.name]) for tensor in maps]
         strides = [stride for level in levels for stride in level["strides"]]
         attributes = {**levels[0], "strides": strides, "canonical_size": facts.canonical_size}
-        replace_between(graph, inputs, outputs, _operator("RoiAlign", region, attributes, [*maps, _widened(inputs[-1])]))
+        rois = [_widened(inputs[-1])]
+        if profile.batch[-1] > 1:
+            attributes["per_image"] = per_image
+            rois += _seams(graph, *places)
+        replace_between(graph, inputs, outputs, _operator("RoiAlign", region, attributes, [*maps, *rois]))
     return 2
 
 
-def lower_roi_align(graph: gs.Graph, facts: GraphFacts) -> int:
-    """Every RoiAlign that is left, on one map: a DynaMaskRoiAlign. The batch index of its RoIs is 0, as a graph holds one image."""
+def lower_roi_align(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
+    """Every RoiAlign that is left, on one map: a DynaMaskRoiAlign."""
     nodes = [node for node in graph.nodes if node.op == "RoiAlign"]
+    slots: dict[str, gs.Tensor] = {}
     for node in nodes:
         feature, rois, _ = node.inputs
         if feature.shape is None or feature.shape[0] != 1:
             raise InputError(f"{MODEL}: {node.name} crops from {feature.shape}, which is not one image: export the bundle again.")
         attributes = {**_roi_align_attributes(node), "canonical_size": 0.0}
         name = f"crop_{attributes['size']}"
-        replace_between(graph, node.inputs, node.outputs, _operator("RoiAlign", name, attributes, [_widened(feature), _boxes(rois)]))
+        inputs = [_widened(feature), _boxes(rois)]
+        if profile.batch[-1] > 1:
+            attributes["per_image"] = facts.detections
+            inputs.append(_slots_of(graph, inputs[-1], slots))
+        replace_between(graph, node.inputs, node.outputs, _operator("RoiAlign", name, attributes, inputs))
     return len(nodes)
 
 
-def lower_deform_conv(graph: gs.Graph, facts: GraphFacts) -> int:
+def lower_resize(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
+    """Every Resize to a fixed size, in the i-FPN: by the factor that this is."""
+    nodes = [node for node in graph.nodes if node.op == "Resize" and len(node.inputs) == 4]
+    for node in nodes:
+        x, _, _, sizes = node.inputs
+        factors = [float(large / small) for large, small in zip(sizes.values.tolist(), x.shape, strict=True)]
+        node.inputs = [x, gs.Variable.empty(), gs.Constant(f"{node.name}/factors", np.array(factors, np.float32))]
+    return len(nodes)
+
+
+def lower_deform_conv(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     """Every DeformConv, with the Relu that alone follows it: a DynaMaskDeformConv."""
     nodes = [node for node in graph.nodes if node.op == "DeformConv"]
     for node in nodes:
@@ -178,13 +218,14 @@ def lower_deform_conv(graph: gs.Graph, facts: GraphFacts) -> int:
     return len(nodes)
 
 
-REWRITES: tuple[tuple[str, Callable[[gs.Graph, GraphFacts], int], str], ...] = (
+REWRITES: tuple[tuple[str, Callable[[gs.Graph, GraphFacts, Profile], int], str], ...] = (
     ("Proposals", lower_proposals, "NonMaxSuppression has no implementation; top-k, decoding and NMS stay on the device"),
     ("Detections", lower_detections, "NonMaxSuppression and NonZero have no implementation; how many are found stays on the device"),
     ("MsmRoute", lower_routing, "NonZero has no implementation; who goes through which stage is decided on the device"),
     ("RoiAlign on the pyramid", lower_pyramid_roi_align, "each box on its own level in one launch, where NonZero sorted them by level"),
     ("RoiAlign", lower_roi_align, "the built-in one cannot be built without a GPU and takes no fp16 map with fp32 boxes"),
     ("DeformConv", lower_deform_conv, "there is no importer; bias and Relu are fused"),
+    ("Resize", lower_resize, "the size depends on the canvas, the factor does not"),
 )
 
 
@@ -227,6 +268,47 @@ def region_between(inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) ->
             nodes[id(node)] = node
             pending.extend(node.inputs)
     return list(nodes.values())
+
+
+def set_sizes(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> None:
+    """Give the tensors of a lowered graph the shapes that they have under a profile; a size that varies becomes a name, or unknown."""
+    images, canvas = profile.batch[0] if profile.batch[0] == profile.batch[-1] else None, profile.canvas[0]
+    tensors = graph.tensors()
+
+    def set_rows(names: Iterable[str], each: int) -> None:
+        for tensor in _reached(tensors[name] for name in names):
+            if tensor.shape and tensor.shape[0] == each:
+                tensor.shape = [images * each if images else f"{each} x batch", *tensor.shape[1:]]
+
+    for tensor in _reached([tensors["image"]]):
+        tensor.shape = [images or "batch", *tensor.shape[1:]]
+        if set(profile.canvas) != {facts.canvas} and len(tensor.shape) == 4:
+            tensor.shape = [*tensor.shape[:2], None, None]
+    if profile.canvas[-1] == canvas:
+        tensors["image"].shape = [*tensors["image"].shape[:2], *canvas]
+    tensors["proposal_count"].shape = [images or "batch"]
+    set_rows(("proposals", "box_region"), facts.proposals)
+    set_rows((*DETECTIONS, "grids", "grid_override"), facts.detections)
+
+
+def _reached(tensors: Iterable[gs.Tensor]) -> list[gs.Tensor]:
+    """`tensors` and all that standard operators compute from them."""
+    found: dict[str, gs.Tensor] = {}
+    pending = list(tensors)
+    while pending:
+        tensor = pending.pop()
+        if tensor.name not in found:
+            found[tensor.name] = tensor
+            pending += [output for node in tensor.outputs if node.domain != DOMAIN for output in node.outputs]
+    return list(found.values())
+
+
+def _ranges(facts: GraphFacts, profile: Profile) -> dict[str, tuple[Shape, Shape, Shape]]:
+    """`Lowered.ranges`."""
+    images = [(count, 3, *canvas) for count, canvas in zip(profile.batch, profile.canvas, strict=True)]
+    slots = [(count * facts.detections,) for count in profile.batch]
+    shapes: dict[str, list[Shape]] = {"image": [*images], "grid_override": [*slots]}
+    return {name: (least, likely, most) for name, (least, likely, most) in shapes.items() if least != most}
 
 
 def place_operators(graph: gs.Graph) -> Iterator[PlacedOperator]:
@@ -286,6 +368,25 @@ def _seams(graph: gs.Graph, *names: str) -> list[gs.Tensor]:
         if name not in tensors:
             raise InputError(f"{MODEL} has no tensor {name}, at which it is cut: export the bundle again.")
     return [tensors[name] for name in names]
+
+
+def _finest_map(graph: gs.Graph) -> gs.Tensor:
+    """P2, whose size tells operators the canvas and the number of images."""
+    return _widened(_seams(graph, PYRAMID[0])[0])
+
+
+def _slots_of(graph: gs.Graph, boxes: gs.Tensor, known: dict[str, gs.Tensor]) -> gs.Tensor:
+    """The slots that boxes of the mask branch belong to: `slots`, or a choice of them like that of the boxes from `mask_boxes`."""
+    if boxes.name == "mask_boxes":
+        return _seams(graph, "slots")[0]
+    if boxes.name not in known:
+        chosen = boxes.inputs[0] if boxes.inputs else None
+        if chosen is None or chosen.op != "Gather":
+            raise InputError(f"{MODEL}: {boxes.name} is not chosen from mask_boxes: export the bundle again.")
+        before, index = _slots_of(graph, chosen.inputs[0], known), chosen.inputs[1]
+        known[boxes.name] = gs.Variable(f"{boxes.name}/slots", np.int64, index.shape)
+        graph.nodes.append(gs.Node("Gather", f"{boxes.name}/slots", {"axis": 0}, [before, index], [known[boxes.name]]))
+    return known[boxes.name]
 
 
 def _widened(tensor: gs.Tensor) -> gs.Tensor:

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -25,16 +25,19 @@ from trt_plugins.kernels import KernelLibrary
 from trt_plugins.plugin import Launcher, register
 from trt_plugins.tensorrt import TensorRTTarget, load
 
+Shape = tuple[int, ...]
+Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, how many of its steps are done, and how many it has. Phases lie in one another."""
 
 
-def build_serialized(target: TensorRTTarget, model: Path, engine: Path, library: KernelLibrary, progress: Progress) -> None:
+def build_serialized(target: TensorRTTarget, model: Path, engine: Path, library: KernelLibrary, ranges: Ranges, progress: Progress) -> None:
     """Build an engine of a lowered ONNX graph, from file to file.
 
     Args:
         engine: the file to write; a log is written beside it.
         library: the kernels of the graph's plugins, which `tensorrt` runs on the GPU at hand to time them.
+        ranges: the inputs whose shape varies -> the least, the likeliest, which the engine is tuned for, and the most.
 
     Raises:
         InputError: a node does not fit its plugin, or for `tensorrt` there is no GPU.
@@ -42,7 +45,7 @@ def build_serialized(target: TensorRTTarget, model: Path, engine: Path, library:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, target, model, engine, library), daemon=True)
+    process = context.Process(target=_work, args=(sender, target, model, engine, library, ranges), daemon=True)
     process.start()
     sender.close()
     try:
@@ -65,7 +68,7 @@ def _log(engine: Path) -> Path:
     return engine.with_suffix(".log")
 
 
-def _work(sender: Connection, target: TensorRTTarget, model: Path, engine: Path, library: KernelLibrary) -> None:
+def _work(sender: Connection, target: TensorRTTarget, model: Path, engine: Path, library: KernelLibrary, ranges: Ranges) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in a terminal ends this process without a traceback.
     # TensorRT prints what plugins raise, with tracebacks.
     with _log(engine).open("wb") as log:
@@ -79,7 +82,7 @@ def _work(sender: Connection, target: TensorRTTarget, model: Path, engine: Path,
 
     try:
         with _driver(target, library) as (driver, launcher):
-            _Builder(load(target), report).build(model, engine, launcher, driver)
+            _Builder(load(target), report).build(model, engine, ranges, launcher, driver)
         sender.send(None)
     except DynaMaskError as error:
         sender.send(error)
@@ -111,7 +114,7 @@ class _Builder:
         self.progress = progress
         self.error = "it gave no reason"
 
-    def build(self, model: Path, engine: Path, launcher: Launcher | None, driver: Driver | None) -> None:
+    def build(self, model: Path, engine: Path, ranges: Ranges, launcher: Launcher | None, driver: Driver | None) -> None:
         """From file to file; the driver's GPU, if any, has a timing cache."""
         trt = self.trt
         logger, monitor = self._logger(), self._monitor()
@@ -127,6 +130,11 @@ class _Builder:
             config.clear_flag(trt.BuilderFlag.TF32)
             # Everything in one stream: the runner's order of events and kernels relies on it.
             config.max_aux_streams = 0
+            if ranges:
+                profile = builder.create_optimization_profile()
+                for name, shapes in ranges.items():
+                    profile.set_shape(name, *shapes)
+                config.add_optimization_profile(profile)
             with _timing_cache(trt, config, driver):
                 serialized = builder.build_serialized_network(network, config)
             if serialized is None:

@@ -1,9 +1,10 @@
-"""From an image to its instances, on whatever target the bundle was built for."""
+"""From images to their instances, on whatever target the bundle was built for."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy.typing as npt
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.instances import GRIDS, Instances
-from runtime.preprocess import letterbox_normalise
-from runtime.targets.base import Engine, EngineOutput, GridOverride, open_engine
+from runtime.preprocess import filled_canvas, letterbox_normalise
+from runtime.targets.base import Engine, EngineOutput, GridOverride, open_engine, slot_overrides
 
 
 def load(
@@ -36,7 +37,11 @@ def load(
 
 
 class Predictor:
-    """`predictor(image)` gives `Instances`. A context manager, for one thread at a time."""
+    """`predictor(image)` gives `Instances`, `predictor.batch(images)` a list of them. A context manager, for one thread at a time.
+
+    Images are scaled to fit the bundle's canvas, or the nearest to it that the engine takes. Where an engine's canvas may vary, a run has
+    the smallest that holds its images, so that no work is done on padding.
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine, budget: float | None = None) -> None:
         if budget is not None:
@@ -44,7 +49,10 @@ class Predictor:
         self.bundle = bundle
         self.engine = engine
         self.budget = budget
-        self._canvas = np.zeros((1, 3, *bundle.manifest.canvas), np.float32)
+        least, _, most = engine.profile.canvas
+        height, width = (sorted(sides)[1] for sides in zip(least, bundle.manifest.canvas, most, strict=True))
+        self._canvas = height, width
+        self._room = np.empty(engine.profile.batch[-1] * 3 * height * width, np.float32)
 
     def __enter__(self) -> Predictor:
         return self
@@ -69,24 +77,65 @@ class Predictor:
             min_score: instances that score this or less are left out before their masks are computed.
 
         Raises:
-            InputError: not such an image, or a budget or grid that does not exist.
+            InputError: not such an image, a budget or grid that does not exist, or a class that the bundle's manifest lacks.
         """
-        _check_image(image)
+        return self.batch([image], budget, grid_override, min_score)[0]
+
+    def batch(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        budget: float | None = None,
+        grid_override: GridOverride = None,
+        min_score: float = 0.0,
+    ) -> list[Instances]:
+        """The instances in each of several images, in their order, as many images at a time as the engine takes.
+
+        What is found is what a call for each image finds, but that a budget is the mean over all instances of a run. `detector` and
+        `masks` in an image's `times_ms` are its share of the run's.
+
+        Args:
+            images: `[H, W, 3] uint8` RGB each, of any sizes.
+            budget, grid_override, min_score: as for one image; the same for all.
+
+        Raises:
+            InputError: as for one image; nothing has run if the call itself is at fault.
+        """
+        for image in images:
+            _check_image(image)
         if budget:
             _check_budget(budget)
         if grid_override is not None and not np.isin(grid_override, np.arange(-1, 5)).all():
             raise InputError(f"{grid_override} chooses no grid; give -1 (the model decides), 0..3 (14, 28, 56, 112) or 4 (by size).")
-        manifest = self.bundle.manifest
-        start = time.perf_counter()
-        canvas, scale = letterbox_normalise(image, *manifest.canvas, manifest.mean, manifest.std, out=self._canvas)
-        preprocess_ms = 1000 * (time.perf_counter() - start)
-        output = self.engine.run(canvas, self.budget if budget is None else budget, grid_override, min_score)
-        return self._instances(output, scale, (image.shape[0], image.shape[1]), preprocess_ms)
+        overrides = slot_overrides(grid_override, self.bundle.manifest.detections)
+        budget, most = self.budget if budget is None else budget, self.engine.profile.batch[-1]
+        runs = (self._run(images[i : i + most], budget, overrides, min_score) for i in range(0, len(images), most))
+        return [instances for run in runs for instances in run]
+
+    def _run(
+        self, images: Sequence[npt.NDArray[np.uint8]], budget: float | None, overrides: npt.NDArray[np.int64], min_score: float
+    ) -> list[Instances]:
+        manifest, count = self.bundle.manifest, len(images)
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        height, width = filled_canvas(sizes, self._canvas, self.engine.profile.canvas[0])
+        canvases = self._room[: count * 3 * height * width].reshape(count, 3, height, width)
+        scales, preprocess_ms = [], []
+        for index, image in enumerate(images):
+            start = time.perf_counter()
+            _, scale = letterbox_normalise(image, *self._canvas, manifest.mean, manifest.std, out=canvases[index : index + 1])
+            scales.append(scale)
+            preprocess_ms.append(1000 * (time.perf_counter() - start))
+        outputs = self.engine.run(canvases, budget, np.tile(overrides, count), min_score).per_image(count)
+        return [self._instances(*of_image) for of_image in zip(outputs, scales, sizes, preprocess_ms, strict=True)]
 
     def _instances(self, output: EngineOutput, scale: float, size: tuple[int, int], preprocess_ms: float) -> Instances:
         height, width = size
         # Slots come by falling score, empty ones last.
         count = int(np.count_nonzero(output.scores > 0))
+        classes = self.bundle.manifest.classes
+        if count and (label := int(output.labels[:count].max())) >= len(classes):
+            raise InputError(
+                f"{self.bundle.path} has {len(classes)} classes in its manifest, and its model found class {label}; export it again."
+            )
         logits = {int(slot): mask for slots, masks in output.masks.values() for slot, mask in zip(slots, masks, strict=True)}
         boxes = np.clip(output.boxes[:count] / scale, 0, [width, height, width, height])
         return Instances(
@@ -96,7 +145,7 @@ class Predictor:
             grids=np.array(GRIDS)[output.grids[:count]],
             logits=[logits[slot] for slot in range(count)],
             size=size,
-            classes=self.bundle.manifest.classes,
+            classes=classes,
             times_ms={"preprocess": preprocess_ms, **output.times_ms},
         )
 

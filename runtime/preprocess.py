@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -13,6 +13,22 @@ def letterbox_scale(height: int, width: int, canvas_height: int, canvas_width: i
     """The one factor by which an image is scaled to fit the canvas, and its height and width there: 1 pixel at least, pixels."""
     scale = min(canvas_height / height, canvas_width / width)
     return scale, max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def filled_canvas(sizes: Iterable[tuple[int, int]], canvas: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """The height and width of the smallest canvas that holds images which are scaled to fit another: what is left off is padding.
+
+    Args:
+        sizes: the images' heights and widths, pixels.
+        canvas: height and width, multiples of 32, that the images are scaled to fit.
+        least: height and width, multiples of 32, not larger than `canvas`.
+
+    Returns:
+        Multiples of 32, from `least` to `canvas`.
+    """
+    contents = [letterbox_scale(*size, *canvas)[1:] for size in sizes]
+    height, width = (max(low, *(-(-side // 32) * 32 for side in sides)) for low, *sides in zip(least, *contents, strict=True))
+    return height, width
 
 
 def letterbox_normalise(
@@ -29,12 +45,12 @@ def letterbox_normalise(
 
     Args:
         image: `[h, w, 3] uint8` RGB.
-        height, width: the canvas, pixels.
+        height, width: the canvas that the image is scaled to fit, pixels.
         mean, std: per channel, of values from 0 to 1.
-        out: `[1, 3, height, width] float32` to write into.
+        out: `[1, 3, h, w] float32` to write into; where it is smaller than the canvas, it must hold the scaled image (`filled_canvas`).
 
     Returns:
-        `[1, 3, height, width] float32`, and the scale: canvas pixels per image pixel.
+        `[1, 3, height, width] float32` or `out`, and the scale: canvas pixels per image pixel.
     """
     scale, rows, columns = letterbox_scale(image.shape[0], image.shape[1], height, width)
     content = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)

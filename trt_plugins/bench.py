@@ -257,7 +257,7 @@ def routed_masks(
 
     Args:
         branch: of `with_kernels`.
-        route: for as many slots as there are boxes.
+        route: for as many slots as there are boxes, of stride 4.
         pyramid: P2..P5, `[1, C, H_l, W_l]`.
         boxes: `[n, 4] float32`, xyxy in pixels of the canvas.
         labels: `[n] int64`.
@@ -269,7 +269,7 @@ def routed_masks(
     """
     [region] = launch(REGION, [*pyramid, boxes])
     budget, slots = boxes.new_zeros(()), torch.arange(len(boxes), device=boxes.device)
-    lists = dict(zip(route.outputs, launch(route, [branch.msm(region), boxes, override, slots, budget]), strict=True))
+    lists = dict(zip(route.outputs, launch(route, [branch.msm(region), boxes, override, slots, budget, pyramid[0]]), strict=True))
     laterals, feature, logits = branch.rfpn.lateral(pyramid), branch.rfpn.tiny(region), []
     for k, (_, grid) in enumerate(STAGES):
         if k > 0:
@@ -378,7 +378,7 @@ def _cases(branch: nn.Module, eager: Eager, boxes: Tensor, counts: Sequence[int]
     for dtype in PRECISIONS:
         yield _detections(proposals, len(boxes), dtype)
     costs = tuple(branch.costs.tolist())  # type: ignore[operator]
-    route = MsmRoute(canvas=CANVAS, detections=len(boxes), costs=costs)
+    route = MsmRoute(stride=STRIDES[0], detections=len(boxes), costs=costs)
     for budget in (0.0, costs[-1] / 2):
         yield _msm_route(route, boxes, budget)
     largest = [0, 0, 0, len(boxes)]
@@ -474,7 +474,7 @@ def _proposals(dtype: torch.dtype) -> Case:
     anchors = generator(image, [torch.empty(1, 1, *size, device="cuda") for size in sizes])
     cells = torch.stack([cell.to("cuda") for cell in generator.cell_anchors])
     threshold = NMS_THRESHOLDS["Proposals"]
-    operator = Proposals(canvas=CANVAS, strides=STRIDES, per_level=PROPOSALS, proposals=PROPOSALS, nms_threshold=threshold)
+    operator = Proposals(strides=STRIDES, per_level=PROPOSALS, proposals=PROPOSALS, nms_threshold=threshold)
     limits = {"training": PROPOSALS, "testing": PROPOSALS}
     rpn = RegionProposalNetwork(generator, nn.Identity(), 0.7, 0.3, 256, 0.5, limits, limits, threshold).eval()
 
@@ -499,7 +499,8 @@ def _proposals(dtype: torch.dtype) -> Case:
 
 def _detections(proposals: Tensor, slots: int, dtype: torch.dtype) -> Case:
     rows, threshold = len(proposals), NMS_THRESHOLDS["Detections"]
-    operator = Detections(canvas=CANVAS, detections=slots, score_threshold=SCORE_THRESHOLD, nms_threshold=threshold)
+    limits: dict[str, Any] = {"proposals": rows, "detections": slots, "score_threshold": SCORE_THRESHOLD, "nms_threshold": threshold}
+    operator = Detections(stride=STRIDES[0], **limits)
     heads = RoIHeads(nn.Identity(), None, None, 0.5, 0.5, 512, 0.25, None, SCORE_THRESHOLD, threshold, slots).eval()
     count, no_score = torch.tensor([rows], dtype=torch.int32, device="cuda"), torch.zeros((), device="cuda")
 
@@ -516,7 +517,7 @@ def _detections(proposals: Tensor, slots: int, dtype: torch.dtype) -> Case:
 
     outputs = draw()
     sets = _sets(draw, outputs, _bytes(outputs))
-    ours = [[*each, proposals, count, no_score] for each in sets]
+    ours = [[*each, proposals, count, no_score, _finest_map()] for each in sets]
     return Case(f"Detections: {slots} of {rows} × {CLASSES}", dtype, _against_calls(operator, ours, sets, torchvision))
 
 
@@ -535,7 +536,7 @@ def _against_calls(
 def _msm_route(route: MsmRoute, boxes: Tensor, budget: float) -> Case:
     n = len(boxes)
     override = torch.full((n,), -1, device="cuda")
-    inputs = [_random(n, 4), boxes, override, torch.arange(n, device="cuda"), torch.tensor(budget, device="cuda")]
+    inputs = [_random(n, 4), boxes, override, torch.arange(n, device="cuda"), torch.tensor(budget, device="cuda"), _finest_map()]
     name = "MsmRoute" if budget == 0 else f"MsmRoute, budget {budget:.2f}"
     return Case(name, torch.float32, {KERNEL: Contender([_bound(launch, route, inputs)])})
 
@@ -564,6 +565,11 @@ def _mask_branch(
         "PyTorch eager": Contender([by_pytorch], graph=False),
     }
     return Case(f"{name}: {' / '.join(map(str, counts))}", dtype, contenders, error=error)
+
+
+def _finest_map() -> Tensor:
+    """What tells operators the canvas: one channel of P2."""
+    return torch.empty(1, 1, CANVAS[0] // STRIDES[0], CANVAS[1] // STRIDES[0], device="cuda")
 
 
 def _sets(draw: Callable[[], list[Tensor]], first: list[Tensor], size: int) -> list[list[Tensor]]:

@@ -57,13 +57,39 @@ class TensorSpec:
         return size
 
 
+def alike(*sizes: int | None) -> bool:
+    """Whether those that are known are the same."""
+    return len({size for size in sizes if size is not None}) <= 1
+
+
+def canvas_of(feature: TensorSpec, stride: int) -> tuple[int, int]:
+    """Height and width in pixels of the canvas that a map `[B, C, H, W]` covers, `stride` pixels a cell."""
+    return feature.size(2) * stride, feature.size(3) * stride
+
+
+@dataclass(frozen=True)
+class Times:
+    """A dimension that is `size * factor`."""
+
+    size: Any
+    """What a TensorRT builder calls a dimension."""
+    factor: int
+
+
+def times(size: Any, factor: int) -> Any:
+    """`size * factor`: an int of an int, None where the size is not known, and `Times` of a builder's dimension."""
+    if size is None:
+        return None
+    return size * factor if isinstance(size, int) else Times(size, factor)
+
+
 @dataclass(frozen=True)
 class DataDependent:
     """A size that the kernels write, as one item, to the operator's output `size_output`; never above `upper`."""
 
     size_output: int
     upper: Any
-    """An int, or whatever a TensorRT builder calls a dimension."""
+    """An int, whatever a TensorRT builder calls a dimension, or `Times`."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +206,7 @@ class Operator(ABC):
     @abstractmethod
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """Shapes of the outputs from those of the inputs, whose sizes are ints or a TensorRT builder's dimensions: pass them on, or
-        give ints or `DataDependent`. The size of a data-dependent output is an output itself, of shape `[]`."""
+        give ints, `times` of them, or `DataDependent`. The size of a data-dependent output is an output itself, of shape `[]`."""
 
     @abstractmethod
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from runtime.errors import DynaMaskError
-from trt_plugins.operator import DataDependent, DType, Launch, Operator, TensorSpec
+from trt_plugins.operator import DataDependent, DType, Launch, Operator, TensorSpec, Times
 from trt_plugins.registry import OPERATORS, PREFIX
 
 VERSION = "1"
@@ -243,6 +243,8 @@ def _plugin_class(trt: ModuleType, operator_class: type[Operator]) -> type[Any]:
     def _dimension(size: Any, sizes: dict[int, Any], builder: Any) -> Any:
         if isinstance(size, int):
             return builder.constant(size)
+        if isinstance(size, Times):
+            return builder.operation(trt.DimensionOperation.PROD, size.size, builder.constant(size.factor))
         if not isinstance(size, DataDependent):
             return size
         if size.size_output not in sizes:  # Declared once, however many outputs have it.

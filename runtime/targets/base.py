@@ -1,10 +1,11 @@
-"""What every target has in common: an engine is opened, run on a canvas, and closed."""
+"""What every target has in common: an engine is opened, run on canvases, and closed."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +16,7 @@ from runtime.cuda import open_driver
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from runtime.bundle import Bundle, Manifest
+    from runtime.bundle import Bundle, Manifest, Profile
 
 MSM = -1
 """The value of `grid_override` that leaves the choice of the grid to the model."""
@@ -26,26 +27,42 @@ TARGETS = ("tensorrt-rtx", "tensorrt", "onnxruntime")
 """The best first."""
 
 GridOverride = int | npt.NDArray[np.int64] | None
-"""One value for all slots or `[K]`: -1 the model decides, 0..3 that grid, 4 the size-based rule; None is -1."""
+"""One value for all slots or one for each: -1 the model decides, 0..3 that grid, 4 the size-based rule; None is -1."""
 Masks = dict[int, tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
-"""Grid (14, 28, 56, 112) -> its slots `[n]` and their mask logits `[n, grid, grid]`."""
+"""Grid (14, 28, 56, 112) -> its slots `[n]`, rising, and their mask logits `[n, grid, grid]`."""
 
 
 @dataclass(frozen=True, eq=False)
 class EngineOutput:
-    """K detection slots by falling score, and the masks of those that are filled."""
+    """The detection slots of B images, one image after the other, and the masks of those that are filled.
+
+    Each image has K slots, by falling score: slot k of image b is row `K b + k`.
+    """
 
     boxes: npt.NDArray[np.float32]
-    """`[K, 4]`, xyxy in canvas pixels."""
+    """`[B * K, 4]`, xyxy in canvas pixels."""
     scores: npt.NDArray[np.float32]
-    """`[K]`; 0 in an empty slot."""
+    """`[B * K]`; 0 in an empty slot."""
     labels: npt.NDArray[np.int64]
-    """`[K]`; -1 in an empty slot."""
+    """`[B * K]`; -1 in an empty slot."""
     grids: npt.NDArray[np.int64]
-    """`[K]`: 0..3; -1 in an empty slot."""
+    """`[B * K]`: 0..3; -1 in an empty slot."""
     masks: Masks
     times_ms: Mapping[str, float]
     """`detector` and `masks`, milliseconds."""
+
+    def per_image(self, count: int) -> list[EngineOutput]:
+        """What each of the run's `count` images has, slots from 0 on; its `times_ms` are its share of the run's, one over `count`."""
+        slots = len(self.scores) // count
+        times_ms = {part: ms / count for part, ms in self.times_ms.items()}
+        return [self._rows(slots * image, slots * (image + 1), times_ms) for image in range(count)]
+
+    def _rows(self, start: int, stop: int, times_ms: Mapping[str, float]) -> EngineOutput:
+        rows, masks = slice(start, stop), {}
+        for grid, (slots, logits) in self.masks.items():
+            mine = slice(*np.searchsorted(slots, (start, stop)))
+            masks[grid] = (slots[mine] - start, logits[mine])
+        return EngineOutput(self.boxes[rows], self.scores[rows], self.labels[rows], self.grids[rows], masks, times_ms)
 
 
 class Engine(Protocol):
@@ -53,6 +70,8 @@ class Engine(Protocol):
 
     target: str
     manifest: Manifest
+    profile: Profile
+    """What one run takes; fewer images than its least do no harm."""
 
     def __enter__(self) -> Engine: ...
 
@@ -64,10 +83,47 @@ class Engine(Protocol):
     def run(
         self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
     ) -> EngineOutput:
-        """Detect and segment one normalised canvas `[1, 3, H, W]`.
+        """Detect and segment the images of a run.
 
-        `budget` is the mean GMAC an instance, none where None or 0; what scores `min_score` or less is left out before the mask branch.
+        Args:
+            image: `[B, 3, H, W] float32`, normalised canvases, as many and as large as the profile has.
+            budget: mean GMAC an instance to keep to, over all images; none where None or 0.
+            grid_override: one value for all slots or `[B * K]`.
+            min_score: what scores this or less is left out before the mask branch.
+
+        Raises:
+            InputError: no such input, more images or another canvas than the profile has, or overrides for another number of slots.
         """
+
+
+def check_fits(shape: Sequence[int], profile: Profile, bundle: Path, target: str) -> None:
+    """Whether the engine of a bundle for a target, with its profile, takes an input of this shape.
+
+    Raises:
+        InputError: it is no `[B, 3, H, W]`, more images than the profile has, or a canvas outside of it.
+    """
+    images, least, most = profile.batch[-1], profile.canvas[0], profile.canvas[-1]
+    batched = len(shape) == 4 and 1 <= shape[0] <= images and shape[1] == 3
+    if batched and all(low <= side <= high and side % 32 == 0 for side, low, high in zip(shape[2:], least, most, strict=True)):
+        return
+    sizes = " to ".join(dict.fromkeys(f"{height}x{width}" for height, width in (least, most)))
+    raise InputError(
+        f"The engine for {target} of {bundle} takes [B, 3, H, W] with B up to {images} and HxW of {sizes}, multiples of 32, and no "
+        f"{list(shape)}; give it such, or build one that takes more with dynamask build-engine {bundle} "
+        f"--target {TARGETS[0] if target == 'onnxruntime' else target}, --batch and --size."
+    )
+
+
+def slot_overrides(grid_override: GridOverride, slots: int) -> npt.NDArray[np.int64]:
+    """The override of every slot of a run, `[slots]`.
+
+    Raises:
+        InputError: neither one value nor one for each slot is given.
+    """
+    given = np.asarray(MSM if grid_override is None else grid_override)
+    if given.shape not in ((), (slots,)):
+        raise InputError(f"grid_override has the shape {list(given.shape)} for {slots} slots; give one value, or one for each of them.")
+    return np.full(slots, given, np.int64)
 
 
 def open_engine(bundle: Bundle, target: str = "auto", threads: int | None = None) -> Engine:

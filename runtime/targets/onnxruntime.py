@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime.bundle import MODEL, Bundle, EngineEntry
+from runtime.bundle import MODEL, Bundle, EngineEntry, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.instances import GRIDS
-from runtime.targets.base import MSM, EngineOutput, GridOverride, Masks
+from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, slot_overrides
 
 if TYPE_CHECKING:
     import onnx
@@ -47,6 +47,8 @@ class OnnxRuntimeEngine:
         """
         bundle.engine(TARGET)
         self.manifest = bundle.manifest
+        self.profile = Profile(canvas=(bundle.manifest.canvas,) * 3)
+        self._path = bundle.path
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         # Threads that wait spin by default, and take the cores from the other session, the decoder and the encoder.
@@ -72,14 +74,8 @@ class OnnxRuntimeEngine:
     def run(
         self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
     ) -> EngineOutput:
-        """Detect and segment one canvas.
-
-        Args:
-            image: `[1, 3, H, W] float32`, normalised.
-            budget: mean GMAC an instance to keep to; none where None or 0.
-            grid_override: one value for all slots or `[K]`.
-            min_score: what scores this or less is left out before the mask branch.
-        """
+        """As `Engine.run`, for one image on the bundle's canvas; `times_ms` are those of the two sessions."""
+        check_fits(image.shape, self.profile, self._path, TARGET)
         start = time.perf_counter()
         inputs = {"image": _value(image), "min_score": _value(np.array(min_score, np.float32))}
         detected = self._detector.run_with_ort_values((*FEATURES, *DETECTIONS), inputs)
@@ -103,8 +99,7 @@ class OnnxRuntimeEngine:
         Returns:
             `grids [K]` (0..3, -1 in an empty slot) and the masks by grid.
         """
-        override = np.empty(self.manifest.detections, np.int64)
-        override[:] = MSM if grid_override is None else grid_override
+        override = slot_overrides(grid_override, self.manifest.detections)
         values = (*features, boxes, scores, labels, np.array(budget or 0, np.float32), override)
         inputs = {name: _value(value) for name, value in zip((*FEATURES, *DETECTIONS, *CONTROLS), values, strict=True)}
         grids, *rest = (value.numpy() for value in self._masks.run_with_ort_values(MASK_OUTPUTS, inputs))

@@ -20,12 +20,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from runtime.bundle import Bundle, EngineEntry
+from runtime.bundle import Bundle, Canvas, EngineEntry, Profile
 from runtime.cuda import Driver, open_driver
 from runtime.errors import DynaMaskError, InputError
 from runtime.files import atomic_path, user_cache
 from runtime.instances import GRIDS
-from runtime.targets.base import MSM, EngineOutput, GridOverride
+from runtime.targets.base import EngineOutput, GridOverride, check_fits, slot_overrides
 from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.operator import Buffer, KernelSpec, Launch
@@ -48,7 +48,7 @@ class Tensor:
     room: npt.NDArray[Any]
     """`[most items]`, pinned."""
     shape: tuple[int, ...]
-    """An output's in the last run."""
+    """In the last run, or the one that begins."""
 
     @property
     def host(self) -> npt.NDArray[Any]:
@@ -74,6 +74,8 @@ class TensorRTEngine:
         trt = load(cast(TensorRTTarget, target))
         self.target = target
         self.manifest = bundle.manifest
+        self.profile = entry.profile or Profile(canvas=(bundle.manifest.canvas,) * 3)
+        self._bundle = bundle.path
         self._path = bundle.path / "engines" / target / ENGINE
         self._remedy = f"build it again with dynamask build-engine {bundle.path} --target {target}."
         self._driver = open_driver()
@@ -93,7 +95,7 @@ class TensorRTEngine:
                 with self._needing(self._engine.device_memory_size_v2):
                     self._context = self._create_context()
             # TensorRT keeps pointers to them, nothing more.
-            self._allocators: list[Any] = []
+            self._allocators: dict[str, Any] = {}
             self._tensors = self._create_tensors(trt, resources)
             self._resources = resources.pop_all()
 
@@ -123,43 +125,49 @@ class TensorRTEngine:
     def run(
         self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
     ) -> EngineOutput:
-        """Detect and segment one canvas; `times_ms` are apart where the GPU has the detections, and include the copies.
+        """As `Engine.run`; `times_ms` are apart where the GPU has the detections, and include the copies.
 
-        Args:
-            image: `[1, 3, H, W] float32`, normalised.
-            budget: mean GMAC an instance to keep to; none where None or 0.
-            grid_override: one value for all slots or `[K]`.
-            min_score: what scores this or less is left out before the mask branch.
+        Fewer images than the profile's least are filled up with empty canvases, which are left out of what is given.
 
         Raises:
-            InputError: the engine's kernels are not those of this version.
+            InputError: as there, or the engine's kernels are not those of this version.
             DynaMaskError: TensorRT or CUDA failed.
         """
         start = time.perf_counter()
-        driver, stream = self._driver, self._stream
-        override = MSM if grid_override is None else grid_override
-        values: dict[str, Any] = {"image": image, "min_score": min_score, "budget": budget or 0.0, "grid_override": override}
+        check_fits(image.shape, self.profile, self._bundle, self.target)
+        driver, stream, tensors = self._driver, self._stream, self._tensors
+        images, _, height, width = image.shape
+        slots = images * self.manifest.detections
+        overrides = slot_overrides(grid_override, slots)
         with driver.current():
-            for name, value in values.items():
-                np.copyto(self._tensors[name].host, value)
+            self._set_input_shapes(max(images, self.profile.batch[0]), (height, width))
+            for name in tensors.keys() - self._allocators.keys():
+                tensors[name].shape = tuple(self._context.get_tensor_shape(name))
+            canvases, least, limit, given = (tensors[name].host for name in INPUTS)
+            canvases[:images], canvases[images:] = image, 0
+            # With a grid given, what is found on an empty canvas has no part in the budget; the smallest costs least.
+            given[:slots], given[slots:] = overrides, 0
+            least[...], limit[...] = min_score, budget or 0.0
             # The stream is idle: the event's time is now.
             filled = time.perf_counter()
             driver.record(self._start, stream)
             for name in INPUTS:
-                driver.to_device(self._tensors[name].address, self._tensors[name].host, stream)
+                driver.to_device(tensors[name].address, tensors[name].host, stream)
             self._execute()
             # TensorRT has told the sizes: it waited for them itself.
             for name in OUTPUTS:
-                if self._tensors[name].host.size:
-                    driver.to_host(self._tensors[name].host, self._tensors[name].address, stream)
+                if tensors[name].host.size:
+                    driver.to_host(tensors[name].host, tensors[name].address, stream)
             driver.synchronize(stream)
             detected_ms = driver.elapsed_ms(self._start, self._detected)
             if self._cache is not None and not self._has_run:
                 self._cache.save()
             self._has_run = True
-        outputs = {name: self._tensors[name].host.copy() for name in OUTPUTS}
+        boxes, scores, labels, grids = (tensors[name].host[:slots].copy() for name in OUTPUTS[:4])
+        masks = {grid: _masks(tensors[f"slots_{grid}"].host, tensors[f"masks_{grid}"].host, slots) for grid in GRIDS}
         detector = 1000 * (filled - start) + detected_ms
-        return _engine_output(outputs, {"detector": detector, "masks": 1000 * (time.perf_counter() - start) - detector})
+        times_ms = {"detector": detector, "masks": 1000 * (time.perf_counter() - start) - detector}
+        return EngineOutput(boxes, scores, labels, grids, masks, times_ms)
 
     def _kernels(self, bundle: Bundle, entry: EngineEntry) -> dict[str, CompiledKernel]:
         folder = self._path.parent
@@ -189,7 +197,17 @@ class TensorRTEngine:
             raise DynaMaskError(f"TensorRT could not prepare {self._path} to run ({self._logger.reason}).")
         return context
 
+    def _set_input_shapes(self, images: int, canvas: Canvas) -> None:
+        """Tell TensorRT the sizes of a run, where they are not those that it has."""
+        for name, shape in {"image": (images, 3, *canvas), "grid_override": (images * self.manifest.detections,)}.items():
+            if shape != tuple(self._context.get_tensor_shape(name)) and not self._context.set_input_shape(name, shape):
+                raise InputError(
+                    f"{self._path} does not take {list(shape)} as its {name}, which the manifest says that it does "
+                    f"({self._logger.reason}); {self._remedy}"
+                )
+
     def _create_tensors(self, trt: ModuleType, resources: contextlib.ExitStack) -> dict[str, Tensor]:
+        self._set_input_shapes(self.profile.batch[-1], self.profile.canvas[-1])
         shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in (*INPUTS, *OUTPUTS)}
         types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
         sizes = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
@@ -205,8 +223,9 @@ class TensorRTEngine:
         resources.callback(self._driver.free_pinned, memory)
         tensor = Tensor(address, memory.view(dtype), shape)
         if -1 in shape:
-            self._allocators.append(_output_allocator(trt, tensor))
-            self._context.set_output_allocator(name, self._allocators[-1])
+            # Not the inputs' shapes but their values decide.
+            self._allocators[name] = _output_allocator(trt, tensor)
+            self._context.set_output_allocator(name, self._allocators[name])
         else:
             self._context.set_tensor_address(name, address)
         return tensor
@@ -233,6 +252,9 @@ class TensorRTEngine:
             done = self._context.execute_async_v3(self._stream)
         if not done:
             raise DynaMaskError(f"TensorRT could not run {self._path} ({self._logger.reason}).")
+        for name in self._allocators:
+            if -1 in self._tensors[name].shape:  # TensorRT 10.16 is said to do so on a Jetson.
+                raise DynaMaskError(f"TensorRT did not tell how large the output {name} of {self._path} is; take another version of it.")
 
 
 class KernelLauncher:
@@ -370,9 +392,10 @@ def _output_allocator(trt: ModuleType, tensor: Tensor) -> Any:
     return OutputAllocator()
 
 
-def _engine_output(outputs: Mapping[str, npt.NDArray[Any]], times_ms: Mapping[str, float]) -> EngineOutput:
-    masks = {grid: (outputs[f"slots_{grid}"], outputs[f"masks_{grid}"]) for grid in GRIDS}
-    return EngineOutput(outputs["boxes"], outputs["scores"], outputs["labels"], outputs["grids"], masks, times_ms)
+def _masks(places: npt.NDArray[Any], logits: npt.NDArray[Any], slots: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Copies of the places, which rise, below `slots`, and of their logits."""
+    count = int(np.searchsorted(places, slots))
+    return places[:count].copy(), logits[:count].copy()
 
 
 def _mib(size: int) -> int:

@@ -23,7 +23,7 @@ from export.lowering import lower
 from export.precision import to_fp16
 from export.seams import FACTS
 from export.serialized_engine import build_serialized
-from runtime.bundle import MODEL, Bundle, Manifest
+from runtime.bundle import MODEL, Bundle, Manifest, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.targets.base import open_engine
 from runtime.targets.tensorrt import ENGINE
@@ -83,7 +83,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
         return KernelLibrary([])
 
     monkeypatch.setattr(engine, "compile_kernels", compile_nothing)
-    monkeypatch.setattr(engine, "build_serialized", lambda target, model, file, library, progress: file.write_bytes(b"an engine"))
+    monkeypatch.setattr(engine, "build_serialized", lambda target, model, file, library, ranges, progress: file.write_bytes(b"an engine"))
     return found
 
 
@@ -91,7 +91,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 def built(folder: Path) -> tuple[dict[str, Any], list[tuple[str, int, int]]]:
     """One engine with its kernels, and the progress that was reported."""
     steps: list[tuple[str, int, int]] = []
-    return build_engine(folder, "tensorrt-rtx", "fp16", ["8.9"], lambda *step: steps.append(step)), steps
+    return build_engine(folder, "tensorrt-rtx", "fp16", ["8.9"], progress=lambda *step: steps.append(step)), steps
 
 
 def test_an_engine_holds_every_kernel_that_its_plugins_launch(built: Any, folder: Path, portable: onnx.ModelProto) -> None:
@@ -143,7 +143,7 @@ def test_control_c_ends_the_builder_and_changes_nothing(built: Any, folder: Path
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            build_engine(folder, "tensorrt-rtx", "fp32", ["12.0"], interrupt)
+            build_engine(folder, "tensorrt-rtx", "fp32", ["12.0"], progress=interrupt)
     finally:
         signal.signal(signal.SIGINT, handler)
     assert len(phases) == 1 and Bundle.open(folder).manifest == before and not multiprocessing.active_children()
@@ -160,6 +160,15 @@ def test_other_kernels_another_precision_or_damage_build_anew(folder: Path, call
     assert build_engine(folder, "tensorrt-rtx", "fp32", both)["reused"]
 
 
+def test_another_profile_builds_anew_and_stands_in_the_manifest(folder: Path, calls: list[tuple[str, ...]]) -> None:
+    own = ((128, 160),) * 3
+    assert build_engine(folder, "tensorrt-rtx", "fp32", ["8.6"])["profile"] == {"batch": [1, 1, 1], "canvas": [[128, 160]] * 3}
+    wide = build_engine(folder, "tensorrt-rtx", "fp32", ["8.6"], (1, 2, 4), ((64, 96), *own[1:]))
+    assert not wide["reused"] and wide["profile"] == {"batch": [1, 2, 4], "canvas": [[64, 96], [128, 160], [128, 160]]}
+    assert Bundle.open(folder).engine("tensorrt-rtx").profile == Profile(batch=(1, 2, 4), canvas=((64, 96), *own[1:]))
+    assert not build_engine(folder, "tensorrt-rtx", "fp32", ["8.6"], (1, 3, 4), ((64, 96), *own[1:]))["reused"]
+
+
 def test_without_a_gpu_kernels_are_for_all(folder: Path, calls: list[tuple[str, ...]]) -> None:
     build_engine(folder, "tensorrt-rtx")
     assert calls == [("8.0", "8.6", "8.7", "8.9", "9.0", "12.0")]
@@ -172,8 +181,8 @@ def test_fp32_is_built(folder: Path, without_kernels: None) -> None:
 
 
 def change_lowered(monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.GraphProto], object]) -> None:
-    def lower_and_change(model: onnx.ModelProto) -> Any:
-        lowered = lower(model)
+    def lower_and_change(model: onnx.ModelProto, profile: Profile) -> Any:
+        lowered = lower(model, profile)
         change(lowered.model.graph)
         return lowered
 
@@ -208,7 +217,7 @@ class Ends:
 def test_a_builder_that_aborts_fails(tmp_path: Path) -> None:
     library: Any = Ends()
     with pytest.raises(DynaMaskError, match=r"tensorrt-rtx was ended .*exit status 3"):
-        build_serialized("tensorrt-rtx", tmp_path / MODEL, tmp_path / ENGINE, library, lambda phase, done, total: None)
+        build_serialized("tensorrt-rtx", tmp_path / MODEL, tmp_path / ENGINE, library, {}, lambda phase, done, total: None)
 
 
 def test_a_graph_of_an_earlier_version_is_refused(portable: onnx.ModelProto, model: DynaMask, tmp_path: Path) -> None:
@@ -228,6 +237,10 @@ def test_a_graph_of_an_earlier_version_is_refused(portable: onnx.ModelProto, mod
         (("tensorrt-rtx", "fp32", ["7.5"]), "7.5 is not a compute capability.*8.0 or later"),
         (("onnxruntime", "fp32", ["8.9"]), "onnxruntime runs on the CPU.*leave it out"),
         (("cuda",), "cuda is not a target"),
+        (("onnxruntime", "fp32", [], (1, 1, 2)), "onnxruntime takes one image at a time on the bundle's canvas of 128x160"),
+        (("tensorrt-rtx", "fp32", [], (4, 2, 8)), r"No engine has the batch \(4, 2, 8\)"),
+        (("tensorrt-rtx", "fp32", [], (1, 1, 1), ((128, 150),) * 3), "No engine has the canvas .*multiples of 32"),
+        (("tensorrt-rtx", "fp32", [], (1, 1, 999)), "msm_route.*MsmRoute"),
     ],
 )
 def test_a_wrong_call_is_refused(arguments: Any, sentence: str, folder: Path) -> None:

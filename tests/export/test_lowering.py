@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from dynamask.model import DynaMask
+from export.graph import export_graph
 from export.lowering import (
     UNSUPPORTED,
     Lowered,
@@ -24,6 +27,7 @@ from export.lowering import (
     lower_detections,
     lower_proposals,
     lower_pyramid_roi_align,
+    lower_resize,
     lower_roi_align,
     lower_routing,
     place_operators,
@@ -31,7 +35,9 @@ from export.lowering import (
 )
 from export.precision import to_fp16
 from export.seams import DETECTIONS, HERE, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, SLOTS, GraphFacts
+from runtime.bundle import Profile
 from runtime.errors import InputError
+from tests.export.conftest import CANVAS
 from trt_plugins.registry import DOMAIN, OPERATORS
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -48,6 +54,8 @@ FACTS = GraphFacts(
     nms_threshold=0.5,
     costs=(0.1, 0.2, 0.3, 0.4),
 )
+ONE = Profile(canvas=(FACTS.canvas,) * 3)
+SEVERAL = Profile(batch=(1, 2, 4), canvas=(FACTS.canvas,) * 3)
 
 
 class Sketch:
@@ -94,7 +102,7 @@ def test_deform_conv_takes_the_relu_that_alone_follows_it(follower: str) -> None
     y = sketch.node("DeformConv", [x, weight, offset], "y", ["n", 6, 8, 8], pads=[1, 1, 1, 1], dilations=[1, 1])
     last = y if follower == "nothing" else sketch.node(follower.split()[0], [y], "last", ["n", 6, 8, 8])
     graph = sketch.finish(last, y) if follower == "Relu and output" else sketch.finish(last)
-    assert lower_deform_conv(graph, FACTS) == 1
+    assert lower_deform_conv(graph, FACTS, ONE) == 1
     graph.cleanup().toposort()
     (operator,) = [placed.operator for placed in place_operators(graph)]
     assert operator.values == {"strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1), "offset_group": 1, "relu": follower == "Relu"}
@@ -109,7 +117,7 @@ def test_modulated_deform_conv_keeps_its_bias_and_mask() -> None:
     x, offset, mask = sketch.input("x", [2, 4, 8, 8]), sketch.input("offset", [2, 36, 8, 8]), sketch.input("mask", [2, 18, 8, 8])
     weight, bias = np.zeros((4, 4, 3, 3), np.float32), np.ones(4, np.float32)
     y = sketch.node("DeformConv", [x, weight, offset, bias, mask], "y", [2, 4, 8, 8], pads=[1] * 4, offset_group=2)
-    lower_deform_conv(sketch.finish(y), FACTS)
+    lower_deform_conv(sketch.finish(y), FACTS, ONE)
     (node,) = sketch.ours()
     assert names(node.inputs[2:]) == ["offset", "y/3", "mask"] and node.attrs["offset_group"] == 2
     assert len(list(place_operators(sketch.graph))) == 1
@@ -120,7 +128,7 @@ def test_deform_conv_in_groups_is_refused() -> None:
     x, offset = sketch.input("x", [1, 4, 8, 8]), sketch.input("offset", [1, 18, 8, 8])
     y = sketch.node("DeformConv", [x, np.zeros((4, 2, 3, 3), np.float32), offset], "y", [1, 4, 8, 8], pads=[1] * 4, group=2)
     with pytest.raises(InputError, match="y has 2 groups"):
-        lower_deform_conv(sketch.finish(y), FACTS)
+        lower_deform_conv(sketch.finish(y), FACTS, ONE)
 
 
 def crop(sketch: Sketch, feature: gs.Variable, boxes: gs.Variable, name: str, size: int, stride: int) -> Any:
@@ -145,12 +153,12 @@ def test_roi_align_takes_the_boxes_themselves_and_maps_of_either_type(half: bool
     region = crop(sketch, sketch.cast(feature, np.float32, "wide") if half else feature, boxes, "crop", 14, 8)
     narrow = sketch.cast(region, np.float16, "narrow") if half else region
     graph = sketch.finish(sketch.node("Relu", [narrow], "a", region.shape, kind), sketch.node("Relu", [region], "b", region.shape))
-    assert lower_roi_align(graph, FACTS) == 1
+    assert lower_roi_align(graph, FACTS, ONE) == 1
     graph.cleanup().toposort()
     (placed,) = place_operators(graph)
     drop_identities(graph)
     graph.cleanup().toposort()
-    assert placed.operator.values == {"strides": (8,), "size": 14, "samples": 2, "aligned": 0, "canonical_size": 0.0}
+    assert placed.operator.values == {"strides": (8,), "size": 14, "samples": 2, "aligned": 0, "canonical_size": 0.0, "per_image": 0}
     assert [(spec.shape, spec.dtype) for spec in placed.inputs] == [((1, 16, 8, 8), np.dtype(kind).name), ((None, 4), "float32")]
     ops = sorted(node.op for node in graph.nodes)
     assert ops == ["Cast", "DynaMaskRoiAlign", "Relu", "Relu"] if half else ops == ["DynaMaskRoiAlign", "Relu", "Relu"]
@@ -162,7 +170,7 @@ def test_roi_align_from_several_images_is_refused() -> None:
     sketch = Sketch()
     region = crop(sketch, sketch.input("feature", [2, 16, 8, 8]), sketch.input("boxes", ["n", 4]), "crop", 14, 8)
     with pytest.raises(InputError, match=r"crop crops from \[2, 16, 8, 8\]"):
-        lower_roi_align(sketch.finish(region), FACTS)
+        lower_roi_align(sketch.finish(region), FACTS, ONE)
 
 
 def test_the_pyramids_crops_become_one_launch() -> None:
@@ -174,12 +182,53 @@ def test_the_pyramids_crops_become_one_launch() -> None:
         # The order of the levels in the graph is not that of the maps.
         crops = [crop(sketch, maps[i], rois, f"{region}{i}", size, 4 << i) for i in (2, 0, 3, 1)]
         regions.append(sketch.node("Concat", crops, region, [rois.shape[0], 16, size, size], axis=0))
-    assert lower_pyramid_roi_align(sketch.finish(*regions), FACTS) == 2
+    assert lower_pyramid_roi_align(sketch.finish(*regions), FACTS, ONE) == 2
     first, second = sketch.ours()
     common = {"strides": [4, 8, 16, 32], "samples": 2, "aligned": 0, "canonical_size": 112.0}
     assert (first.attrs, names(first.inputs)) == ({**common, "size": 7}, [*PYRAMID, "proposals"])
     assert (second.attrs, names(second.inputs)) == ({**common, "size": 14}, [*PYRAMID, "mask_boxes"])
     assert [len(placed.inputs) for placed in place_operators(sketch.graph)] == [5, 5]
+
+
+def test_crops_of_several_images_know_whose_they_are() -> None:
+    """Proposals by their rows, the mask branch's boxes by their slots, which follow them from stage to stage."""
+    sketch = Sketch()
+    maps = [sketch.input(name, [1, 16, 32 >> i, 32 >> i]) for i, name in enumerate(PYRAMID)]
+    slots, boxes = sketch.input("slots", ["n"], np.int64), sketch.input("mask_boxes", ["n", 4])
+    outputs = []
+    for rois, region in ((sketch.input("proposals", [6, 4]), "box_region"), (boxes, "region")):
+        crops = [crop(sketch, maps[i], rois, f"{region}{i}", 7, 4 << i) for i in range(4)]
+        outputs.append(sketch.node("Concat", crops, region, [rois.shape[0], 16, 7, 7], axis=0))
+    for k, size in enumerate((28, 56)):
+        boxes = sketch.node("Gather", [boxes, sketch.input(ONWARD[k], [f"on{k}"], np.int64)], f"boxes_{size}", [f"on{k}", 4], axis=0)
+        outputs.append(crop(sketch, maps[2], boxes, f"crop{size}", size, 16))
+    graph = sketch.finish(*outputs)
+    assert lower_pyramid_roi_align(graph, FACTS, SEVERAL) == 2
+    graph.cleanup()
+    assert lower_roi_align(graph, FACTS, SEVERAL) == 2
+    graph.cleanup().toposort()
+    nodes = {node.name: node for node in graph.nodes if node.domain == DOMAIN}
+    assert {name: node.attrs["per_image"] for name, node in nodes.items()} == {"box_region": 6, "region": 5, "crop_28": 5, "crop_56": 5}
+    assert names(nodes["box_region"].inputs) == [*PYRAMID, "proposals"]
+    assert names(nodes["region"].inputs) == [*PYRAMID, "mask_boxes", "slots"]
+    at_28, at_56 = nodes["crop_28"].inputs[2], nodes["crop_56"].inputs[2]
+    assert at_28.inputs[0].inputs[0] is slots and at_56.inputs[0].inputs[0] is at_28
+    assert [tensor.inputs[0].inputs[1].name for tensor in (at_28, at_56)] == [*ONWARD[:2]]
+    assert len(list(place_operators(graph))) == 4
+
+
+def test_sizes_become_factors() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", [1, 8, 6, 10])
+    none = gs.Variable.empty()
+    fixed = sketch.node("Resize", [x, none, none, np.array([1, 8, 12, 20])], "y", [1, 8, 12, 20], mode="nearest")
+    graph = sketch.finish(fixed)
+    before = open_session(gs.export_onnx(graph)).run(None, {"x": np.arange(480, dtype=np.float32).reshape(1, 8, 6, 10)})
+    assert lower_resize(graph, FACTS, ONE) == 1
+    after = open_session(gs.export_onnx(graph)).run(None, {"x": np.arange(480, dtype=np.float32).reshape(1, 8, 6, 10)})
+    np.testing.assert_array_equal(before, after)
+    graph.inputs[0].shape = graph.outputs[0].shape = ["b", 8, "h", "w"]
+    assert open_session(gs.export_onnx(graph)).run(None, {"x": np.zeros((2, 8, 3, 4), np.float32)})[0].shape == (2, 8, 6, 8)
 
 
 def test_a_pyramid_level_that_is_not_cropped_is_missed() -> None:
@@ -188,7 +237,7 @@ def test_a_pyramid_level_that_is_not_cropped_is_missed() -> None:
     crops = [crop(sketch, maps[i], boxes, f"{i}", 7, 4 << i) for boxes in [sketch.input("proposals", [6, 4])] for i in (0, 1, 2)]
     sketch.input("mask_boxes", ["n", 4])
     with pytest.raises(InputError, match="box_region is not cropped from each"):
-        lower_pyramid_roi_align(sketch.finish(sketch.node("Concat", crops, "box_region", [6, 16, 7, 7], axis=0)), FACTS)
+        lower_pyramid_roi_align(sketch.finish(sketch.node("Concat", crops, "box_region", [6, 16, 7, 7], axis=0)), FACTS, ONE)
 
 
 def between(sketch: Sketch, inputs: list[gs.Tensor], outputs: Mapping[str, tuple[list[int | str], npt.DTypeLike]]) -> list[gs.Variable]:
@@ -211,37 +260,40 @@ def test_proposals(half: bool) -> None:
     ]
     wide = [sketch.cast(tensor, np.float32, f"{tensor.name}_fp32") for tensor in maps] if half else maps
     outputs = {"proposals": ([6, 4], np.float32), "proposal_count": ([1], np.int32)}
-    assert lower_proposals(sketch.finish(*between(sketch, wide, outputs)), FACTS) == 1
+    assert lower_proposals(sketch.finish(*between(sketch, wide, outputs)), FACTS, ONE) == 1
     (node,) = sketch.ours()
     assert names(node.inputs[:10]) == [*RPN_LOGITS, *RPN_DELTAS] and names(node.outputs) == list(outputs)
     np.testing.assert_array_equal(node.inputs[10].values, np.array(FACTS.anchors, np.float32))
     strides = [4, 8, 16, 32, 64]
-    assert node.attrs == {"canvas": [64, 96], "strides": strides, "per_level": 7, "proposals": 6, "nms_threshold": 0.7}
+    assert node.attrs == {"strides": strides, "per_level": 7, "proposals": 6, "nms_threshold": 0.7}
     assert len(list(place_operators(sketch.graph))) == 1
 
 
 def test_detections() -> None:
     sketch = Sketch()
+    sketch.input("p2", [1, 16, 16, 24])
     shapes = {"class_logits": [6, 4], "box_deltas": [6, 16], "proposals": [6, 4], "proposal_count": [1], "min_score": []}
     inputs = [sketch.input(name, shape, np.int32 if name == "proposal_count" else np.float32) for name, shape in shapes.items()]
     outputs = dict(zip((*DETECTIONS, "slots"), [([5, 4], np.float32), ([5], np.float32), ([5], np.int64), (["n"], np.int64)], strict=True))
-    assert lower_detections(sketch.finish(*between(sketch, inputs, outputs)), FACTS) == 1
+    assert lower_detections(sketch.finish(*between(sketch, inputs, outputs)), FACTS, ONE) == 1
     (node,) = sketch.ours()
-    assert names(node.inputs) == list(shapes) and names(node.outputs) == [*outputs, "detections/n"]
-    assert node.attrs == {"canvas": [64, 96], "detections": 5, "score_threshold": 0.25, "nms_threshold": 0.5}
+    assert names(node.inputs) == [*shapes, "p2"] and names(node.outputs) == [*outputs, "detections/n"]
+    assert node.attrs == {"proposals": 6, "stride": 4, "detections": 5, "score_threshold": 0.25, "nms_threshold": 0.5}
     assert len(list(place_operators(sketch.graph))) == 1
 
 
-def test_routing() -> None:
+@pytest.mark.parametrize("profile", [ONE, SEVERAL])
+def test_routing(profile: Profile) -> None:
     sketch = Sketch()
+    sketch.input("p2", [1, 16, 16, 24])
     shapes = {"msm_logits": ["n", 4], "mask_boxes": ["n", 4], "mask_overrides": ["n"], "slots": ["n"], "budget": []}
     inputs = [sketch.input(name, shape, np.int64 if len(shape) == 1 else np.float32) for name, shape in shapes.items()]
     outputs = {"grids": ([5], np.int64), **{name: ([name], np.int64) for name in (*ONWARD, *HERE, *SLOTS)}}
-    assert lower_routing(sketch.finish(*between(sketch, inputs, outputs)), FACTS) == 1
+    assert lower_routing(sketch.finish(*between(sketch, inputs, outputs)), FACTS, profile) == 1
     (node,) = sketch.ours()
     sizes = [f"msm_route/{size}" for size in ("n1", "n2", "n3", "m0", "m1", "m2", "m3")]
-    assert names(node.inputs) == list(shapes) and names(node.outputs) == [*outputs, *sizes]
-    assert node.attrs == {"canvas": [64, 96], "detections": 5, "costs": [0.1, 0.2, 0.3, 0.4]}
+    assert names(node.inputs) == [*shapes, "p2"] and names(node.outputs) == [*outputs, *sizes]
+    assert node.attrs == {"batch": profile.batch[2], "stride": 4, "detections": 5, "costs": [0.1, 0.2, 0.3, 0.4]}
     assert all(tensor.dtype == np.int64 and tensor.shape == [] for tensor in node.outputs[-7:])
     assert len(list(place_operators(sketch.graph))) == 1
 
@@ -268,13 +320,13 @@ def test_a_region_that_needs_more_than_its_inputs_is_refused() -> None:
 
 def test_a_missing_seam_is_named() -> None:
     with pytest.raises(InputError, match=r"model\.onnx has no tensor rpn_logits_0.*export the bundle again"):
-        lower_proposals(Sketch().finish(), FACTS)
+        lower_proposals(Sketch().finish(), FACTS, ONE)
 
 
 def test_an_operator_that_does_not_fit_names_its_node() -> None:
     sketch = Sketch()
     region = crop(sketch, sketch.input("feature", [1, 16, 8, 8]), sketch.input("boxes", ["n", 4], np.float16), "crop", 14, 8)
-    lower_roi_align(sketch.finish(region), FACTS)
+    lower_roi_align(sketch.finish(region), FACTS, ONE)
     sketch.graph.cleanup().toposort()
     with pytest.raises(InputError, match="crop_14"):
         list(place_operators(sketch.graph))
@@ -331,19 +383,19 @@ def reference(name: str, inputs: list[torch.Tensor], values: dict[str, Any]) -> 
     if name == "RoiAlign":
         from trt_plugins.roi_align.reference import roi_align
 
-        return [roi_align(inputs[:-1], inputs[-1], **values)]
+        maps, rest = inputs[: len(values["strides"])], inputs[len(values["strides"]) :]
+        return [roi_align(maps, rest[0], **values, places=rest[1] if len(rest) > 1 else None)]
     if name == "Proposals":
         from trt_plugins.proposals.reference import propose
 
-        return [*propose(inputs[:5], inputs[5:10], inputs[10], **{key: value for key, value in values.items() if key != "strides"})]
+        return [*propose(inputs[:5], inputs[5:10], inputs[10], **values)]
     if name == "Detections":
         from trt_plugins.detections.reference import detect
 
         return [*detect(*inputs, **values)]
     from trt_plugins.msm_route.reference import msm_route
 
-    *tensors, budget = inputs
-    return msm_route(*tensors, float(budget), **values)
+    return msm_route(*inputs, **{key: value for key, value in values.items() if key != "batch"})
 
 
 def open_session(model: onnx.ModelProto) -> Any:
@@ -405,7 +457,7 @@ class Interpreter:
 
 
 def feeds(budget: float = 0.0, override: npt.ArrayLike = -1, min_score: float = 0.0) -> Arrays:
-    image = np.random.default_rng(5).standard_normal((1, 3, 128, 160), np.float32)
+    image = np.random.default_rng(5).standard_normal((1, 3, *CANVAS), np.float32)
     overrides = np.broadcast_to(np.asarray(override, np.int64), 20).copy()
     return {"image": image, "min_score": np.array(min_score, "f"), "budget": np.array(budget, "f"), "grid_override": overrides}
 
@@ -446,6 +498,66 @@ def test_the_lowered_graph_computes_what_the_portable_one_does(portable: onnx.Mo
     assert min(counts["the MSM decides"]) > 0 and 0 < sum(counts["by size, some given, few"]) < 20 and sum(counts["none"]) == 0
 
 
+def test_a_batch_gives_each_image_what_it_gives_alone(portable: onnx.ModelProto) -> None:
+    session, interpreter = open_session(portable), Interpreter(lower(portable, Profile(batch=(1, 2, 4), canvas=(CANVAS,) * 3)))
+    outputs = [value.name for value in session.get_outputs()]
+    images = np.random.default_rng(6).standard_normal((3, 1, 3, *CANVAS), np.float32)
+    images[1] = 0  # Nothing is found in a blank image, between two that have something.
+    overrides = np.arange(60).reshape(3, 20) % 6 - 1
+    common = {"min_score": np.array(0.9, "f"), "budget": np.array(0, "f")}
+    alone = [
+        dict(zip(outputs, session.run(None, {**common, "image": image, "grid_override": row}), strict=True))
+        for image, row in zip(images, overrides, strict=True)
+    ]
+    together = interpreter.run({**common, "image": images[:, 0], "grid_override": overrides.reshape(-1)})
+    counts = [sum(len(found[slots]) for slots in SLOTS) for found in alone]
+    assert counts[1] < min(counts[0], counts[2])
+    for image, found in enumerate(alone):
+        for name in (*DETECTIONS, "grids"):
+            np.testing.assert_allclose(together[name][20 * image :][:20], found[name], atol=1e-3, rtol=1e-3, err_msg=f"{image}: {name}")
+        for grid, slots in zip((14, 28, 56, 112), SLOTS, strict=True):
+            mine = together[slots] // 20 == image
+            np.testing.assert_array_equal(together[slots][mine] % 20, found[slots])
+            np.testing.assert_allclose(together[f"masks_{grid}"][mine], found[f"masks_{grid}"], atol=1e-3, rtol=1e-3)
+
+
+def test_another_canvas_gives_what_a_graph_of_that_canvas_gives(model: DynaMask, portable: onnx.ModelProto, tmp_path: Path) -> None:
+    canvas = (96, 192)
+    export_graph(model, tmp_path / "other.onnx", canvas)
+    session = open_session(onnx.load(tmp_path / "other.onnx"))
+    image = np.random.default_rng(7).standard_normal((1, 3, *canvas), np.float32)
+    values = {**feeds(override=np.arange(20) % 6 - 1), "image": image}
+    wanted = dict(zip([value.name for value in session.get_outputs()], session.run(None, values), strict=True))
+    assert min(len(wanted[slots]) for slots in SLOTS) > 0
+    for canvases in (((64, 96), (128, 160), (160, 192)), (canvas,) * 3):
+        found = Interpreter(lower(portable, Profile(canvas=canvases))).run(values)
+        for name, array in wanted.items():
+            np.testing.assert_allclose(found[name], array, atol=1e-3, rtol=1e-3, err_msg=name)
+
+
+def test_a_profile_shows_in_inputs_and_outputs(portable: onnx.ModelProto) -> None:
+    def shapes(profile: Profile) -> dict[str, list[int | str]]:
+        graph = lower(portable, profile).model.graph
+        return {
+            value.name: [dim.dim_value or dim.dim_param for dim in value.type.tensor_type.shape.dim]
+            for value in (*graph.input, *graph.output)
+        }
+
+    fixed, varying = (
+        shapes(Profile(batch=(3, 3, 3), canvas=(CANVAS,) * 3)),
+        shapes(Profile(batch=(1, 2, 4), canvas=((64, 96), CANVAS, CANVAS))),
+    )
+    assert (fixed["image"], fixed["grid_override"], fixed["boxes"], fixed["grids"]) == ([3, 3, *CANVAS], [60], [60, 4], [60])
+    assert (varying["image"], varying["boxes"]) == (["batch", 3, "", ""], ["20 x batch", 4])
+    assert varying["min_score"] == varying["budget"] == [] and varying["masks_28"] == ["n_28", 28, 28]
+
+
+def test_the_ranges_are_those_of_the_inputs_that_vary(portable: onnx.ModelProto) -> None:
+    assert lower(portable).ranges == lower(portable, Profile(batch=(2, 2, 2), canvas=((64, 96),) * 3)).ranges == {}
+    ranges = lower(portable, Profile(batch=(1, 2, 4), canvas=((64, 96), CANVAS, CANVAS))).ranges
+    assert ranges["image"] == ((1, 3, 64, 96), (2, 3, *CANVAS), (4, 3, *CANVAS)) and ranges["grid_override"] == ((20,), (40,), (80,))
+
+
 def test_lowering_leaves_the_portable_graph_as_it_is(portable: onnx.ModelProto) -> None:
     before = portable.SerializeToString(deterministic=True)
     lowered = lower(portable)
@@ -469,7 +581,7 @@ def test_every_kind_of_operator_is_placed(lowered: Lowered) -> None:
     assert {"box_region", "region", "crop_112", "mask_branch/rfpn/stages/2/align"} <= {node.name for node in nodes}
     relus = [placed.operator.values["relu"] for placed in lowered.operators if placed.operator.name == "DeformConv"]
     assert sorted(relus) == [0, 0, 0, 1, 1, 1]
-    assert [rewrite.count for rewrite in lowered.rewrites if rewrite.name != "identities"] == [1, 1, 1, 2, 3, 6]
+    assert [rewrite.count for rewrite in lowered.rewrites if rewrite.name != "identities"] == [1, 1, 1, 2, 3, 6, 3]
 
 
 def test_half_precision_goes_straight_into_the_operators(half: onnx.ModelProto) -> None:
@@ -480,24 +592,36 @@ def test_half_precision_goes_straight_into_the_operators(half: onnx.ModelProto) 
     for placed in lowered.operators:
         kinds = [spec.dtype for spec in placed.inputs]
         features = {"DeformConv": 4, "RoiAlign": len(kinds) - 1, "Proposals": 10, "Detections": 2, "MsmRoute": 1}[placed.operator.name]
+        if placed.operator.name in ("Detections", "MsmRoute"):
+            assert kinds.pop() == "float16"  # P2, of which they need the size
         assert set(kinds[:features]) == {"float16"} and "float16" not in kinds[features:], placed.operator.node
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_tensorrt_for_rtx_builds_it(trt: Any, portable: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
+VARYING = Profile(batch=(1, 2, 4), canvas=((64, 96), CANVAS, CANVAS))
+
+
+@pytest.mark.parametrize(("precision", "profile"), [("fp32", None), ("fp16", None), ("fp16", VARYING)])
+def test_tensorrt_for_rtx_builds_it(
+    trt: Any, portable: onnx.ModelProto, half: onnx.ModelProto, precision: str, profile: Profile | None
+) -> None:
     from trt_plugins.plugin import register
 
-    model = lower(portable if precision == "fp32" else half).model
+    lowered = lower(portable if precision == "fp32" else half, profile)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
     with register(trt).raising():
-        assert parser.parse(model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        engine = builder.build_serialized_network(network, builder.create_builder_config())
+        assert parser.parse(lowered.model.SerializeToString()), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        config = builder.create_builder_config()
+        ranges = builder.create_optimization_profile()
+        for name, shapes in lowered.ranges.items():
+            ranges.set_shape(name, *shapes)
+        config.add_optimization_profile(ranges)
+        engine = builder.build_serialized_network(network, config)
     assert engine is not None and engine.nbytes > 100_000
     types = {TensorProto.FLOAT: trt.float32, TensorProto.INT64: trt.int64}
     outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
-    for value in portable.graph.output:
+    for value in lowered.model.graph.output:
         shape = [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
         found = outputs[value.name]
         assert (list(found.shape), found.dtype) == (shape, types[value.type.tensor_type.elem_type]), value.name

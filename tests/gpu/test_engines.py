@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from runtime.targets.tensorrt import TensorRTEngine
 pytestmark = pytest.mark.gpu
 
 COUNT = 100
+BATCH = (2, 2, 3)
+CANVASES = ((192, 320), (320, 320), (320, 320))
 SLACK = 32 << 20
 """Bytes: the GPU has other users."""
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -94,6 +97,16 @@ def bundle(portable: Path, target: str, precision: str) -> Bundle:
 @pytest.fixture
 def engine(bundle: Bundle, target: str) -> Any:
     with open_engine(bundle, target) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def several(portable: Path, target: str, precision: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An engine for 2 or 3 images, on canvases from 192x320 to 320x320."""
+    path = tmp_path_factory.mktemp("several") / "bundle"
+    shutil.copytree(portable, path)
+    build_engine(path, target, precision, batch=BATCH, canvas=CANVASES)
+    with TensorRTEngine(Bundle.open(path), target) as engine:
         yield engine
 
 
@@ -192,3 +205,67 @@ def test_two_engines_run_side_by_side(bundle: Bundle, target: str, images: list[
         np.testing.assert_array_equal(second.run(images[0]).boxes, alone.boxes)
         second.close()
         np.testing.assert_array_equal(first.run(images[0]).boxes, alone.boxes)
+
+
+@pytest.mark.parametrize("name", ["routed", "112", "by size", "mixed", "few", "none"])
+def test_a_batch_agrees_with_onnxruntime_image_by_image(
+    several: Engine, peer: Engine, images: list[np.ndarray], precision: str, name: str
+) -> None:
+    tolerance, found, unmatched = TOLERANCES[precision], 0, 0
+    for batch in ([images[0], np.zeros_like(images[0]), images[1]], images[2:], images[3:]):
+        options = dict(OVERRIDES[name])
+        if name == "mixed":
+            options["grid_override"] = np.tile(options["grid_override"], len(batch))
+        output = several.run(np.concatenate(batch), **options)
+        assert len(output.scores) == COUNT * len(batch)
+        for image, ours in zip(batch, output.per_image(len(batch)), strict=True):
+            theirs = peer.run(image, **OVERRIDES[name])
+            assert np.all(np.diff(ours.scores) <= 0)
+            found += int((theirs.scores > 0).sum())
+            unmatched += compare(ours, theirs, tolerance)
+    assert (found == 0) == (name == "none")
+    assert unmatched <= tolerance.unmatched * found
+
+
+def test_a_budget_is_the_mean_over_the_images_of_a_run(several: Engine, images: list[np.ndarray]) -> None:
+    gmacs = np.array(list(several.manifest.grid_gmacs.values()))
+    free = several.run(np.concatenate(images[:3]))
+    budget = float(gmacs[free.grids[free.grids >= 0]].mean() + gmacs[0]) / 2
+    for count in (3, 2, 1):
+        grids = several.run(np.concatenate(images[:count]), budget=budget).grids
+        assert gmacs[grids[grids >= 0]].mean() <= budget * (1 + 1e-5)
+
+
+def test_another_canvas_agrees_with_a_bundle_of_that_canvas(several: Engine, tmp_path: Path, precision: str) -> None:
+    height, width = 224, 320
+    export_bundle(carried_checkpoint(), tmp_path / "bundle", (height, width))
+    build_engine(tmp_path / "bundle", "onnxruntime")
+    drawn = [draw_image(np.random.default_rng([77_200, index]), height, width)[0] for index in range(3)]
+    canvases = [letterbox_normalise(image, height, width, (0.5,) * 3, (0.5,) * 3)[0] for image in drawn]
+    tolerance = TOLERANCES[precision]
+    with open_engine(Bundle.open(tmp_path / "bundle"), "onnxruntime") as peer:
+        theirs = [peer.run(canvas) for canvas in canvases]
+    ours = several.run(np.concatenate(canvases)).per_image(3)
+    found = sum(int((output.scores > 0).sum()) for output in theirs)
+    assert found > 0 and sum(compare(*pair, tolerance) for pair in zip(ours, theirs, strict=True)) <= tolerance.unmatched * found
+
+
+def test_sizes_come_and_go(several: TensorRTEngine, images: list[np.ndarray]) -> None:
+    """The same bits after other sizes, and no more memory."""
+    driver = open_driver()
+    first, sizes = several.run(np.concatenate(images[:2])), [(3, 320), (1, 192), (2, 256), (3, 192)]
+    for count, height in sizes:
+        several.run(np.concatenate(images[:count])[:, :, :height], grid_override=3)
+    with driver.current():
+        settled, held = driver.memory().free, several.memory_bytes
+    for round_ in range(20):
+        count, height = sizes[round_ % 4]
+        several.run(np.concatenate(images[:count])[:, :, :height], grid_override=3)
+        again = several.run(np.concatenate(images[:2]))
+        for name in ("boxes", "scores", "labels", "grids"):
+            np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
+        for grid, (slots, logits) in first.masks.items():
+            np.testing.assert_array_equal(again.masks[grid][0], slots)
+            np.testing.assert_array_equal(again.masks[grid][1], logits)
+    with driver.current():
+        assert driver.memory().free >= settled - SLACK and several.memory_bytes == held

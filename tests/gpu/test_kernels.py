@@ -37,6 +37,7 @@ COSTS = (0.231, 0.543, 0.904, 1.363)
 PRESETS = pytest.mark.parametrize("preset", [R50, LITE0], ids=lambda preset: preset.preset)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 COUNTS = pytest.mark.parametrize("n", [0, 1, 100])
+BATCHES = pytest.mark.parametrize("batch", [1, 3])
 
 
 class Tolerance(NamedTuple):
@@ -59,6 +60,15 @@ def _boxes(preset: ModelConfig, n: int) -> Tensor:
 
 def _sizes(preset: ModelConfig) -> list[tuple[int, int]]:
     return [(-(-preset.canvas[0] // stride), -(-preset.canvas[1] // stride)) for stride in STRIDES]
+
+
+def _finest_map(preset: ModelConfig, batch: int = 1) -> Tensor:
+    return torch.empty(batch, 1, *_sizes(preset)[0], device="cuda")
+
+
+def _detections(preset: ModelConfig, score_threshold: float, nms_threshold: float) -> Detections:
+    limits: dict[str, Any] = {"proposals": preset.proposals, "stride": STRIDES[0], "detections": preset.detections}
+    return Detections(**limits, score_threshold=score_threshold, nms_threshold=nms_threshold)
 
 
 def _close(found: Tensor, expected: Tensor) -> None:
@@ -99,6 +109,18 @@ def test_roi_align_on_a_pyramid(preset: ModelConfig, size: int, aligned: int, n:
     _close(regions, roi_align(maps, rois, **operator.values))
 
 
+@DTYPES
+@pytest.mark.parametrize("placed", [False, True])
+def test_roi_align_of_a_batch(placed: bool, dtype: torch.dtype) -> None:
+    maps = [_random(3, LITE0.fpn_channels, *level, dtype=dtype, seed=seed) for seed, level in enumerate(_sizes(LITE0)[:4])]
+    values: dict[str, Any] = {"strides": STRIDES[:4], "size": 7, "samples": 2, "aligned": 1, "canonical_size": 224.0}
+    operator = RoiAlign(**values, per_image=20)
+    places = torch.randint(60, (60,), generator=torch.Generator().manual_seed(0)).cuda() if placed else None
+    rois = _boxes(LITE0, 60)
+    [regions] = run(operator, [*maps, rois, *([] if places is None else [places])])
+    _close(regions, roi_align(maps, rois, **operator.values, places=places))
+
+
 @PRESETS
 @DTYPES
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -112,31 +134,31 @@ def test_roi_align_of_a_stage(preset: ModelConfig, stage: int, dtype: torch.dtyp
 
 
 @DTYPES
-def test_proposals(dtype: torch.dtype) -> None:
+@BATCHES
+def test_proposals(batch: int, dtype: torch.dtype) -> None:
     """lite0's; deltas are 0, so that boxes and their IoUs are the same to the bit."""
     cells = torch.stack(AnchorGenerator(tuple((size,) for size in LITE0.anchor_sizes), ((0.5, 1.0, 2.0),) * 5).cell_anchors)
-    logits = [_random(1, 3, *size, dtype=dtype, seed=seed) for seed, size in enumerate(_sizes(LITE0))]
-    deltas = [torch.zeros(1, 12, *size, dtype=dtype, device="cuda") for size in _sizes(LITE0)]
-    limits: dict[str, Any] = {"canvas": LITE0.canvas, "per_level": LITE0.proposals_per_level, "proposals": LITE0.proposals}
-    operator = Proposals(**limits, strides=STRIDES, nms_threshold=RPN_NMS_THRESHOLD)
+    logits = [_random(batch, 3, *size, dtype=dtype, seed=seed) for seed, size in enumerate(_sizes(LITE0))]
+    deltas = [torch.zeros(batch, 12, *size, dtype=dtype, device="cuda") for size in _sizes(LITE0)]
+    limits: dict[str, Any] = {"per_level": LITE0.proposals_per_level, "proposals": LITE0.proposals, "nms_threshold": RPN_NMS_THRESHOLD}
+    operator = Proposals(strides=STRIDES, **limits)
     found = run(operator, [*logits, *deltas, cells.cuda()])
     on_cpu = [x.cpu() for x in (*logits, *deltas)]
-    wanted = propose(on_cpu[:5], on_cpu[5:], cells, **limits, nms_threshold=RPN_NMS_THRESHOLD)
+    wanted = propose(on_cpu[:5], on_cpu[5:], cells, **operator.values)
     for got, expected in zip(found, wanted, strict=True):
         assert torch.equal(got.cpu(), expected)
 
 
 @DTYPES
-@pytest.mark.parametrize("count", [0, 1, LITE0.proposals])
-def test_detections(count: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("counts", [[0], [1], [LITE0.proposals], [LITE0.proposals, 0, 20]], ids=str)
+def test_detections(counts: list[int], dtype: torch.dtype) -> None:
     """lite0's; deltas are 0 and corners whole numbers, so that IoUs are the same to the bit."""
-    rows, classes = LITE0.proposals, 80
-    operator = Detections(
-        canvas=LITE0.canvas, detections=LITE0.detections, score_threshold=LITE0.score_threshold, nms_threshold=LITE0.nms_threshold
-    )
+    rows, classes = LITE0.proposals * len(counts), 80
+    operator = _detections(LITE0, LITE0.score_threshold, LITE0.nms_threshold)
     logits, deltas = 2 * _random(rows, classes + 1, dtype=dtype), torch.zeros(rows, 4 * (classes + 1), dtype=dtype, device="cuda")
     boxes = _boxes(LITE0, rows).round()
-    inputs = [logits, deltas, boxes, torch.tensor([count], dtype=torch.int32, device="cuda"), torch.tensor(0.1, device="cuda")]
+    count = torch.tensor(counts, dtype=torch.int32, device="cuda")
+    inputs = [logits, deltas, boxes, count, torch.tensor(0.1, device="cuda"), _finest_map(LITE0, len(counts))]
     found = run(operator, inputs)
     reference: Callable[..., tuple[Tensor, ...]] = detect
     for got, expected in zip(found, reference(*(x.cpu() for x in inputs), **operator.values), strict=True):
@@ -145,15 +167,17 @@ def test_detections(count: int, dtype: torch.dtype) -> None:
 
 @PRESETS
 @DTYPES
-@COUNTS
+@pytest.mark.parametrize(("n", "batch"), [(0, 1), (1, 1), (100, 1), (100, 8)])
 @pytest.mark.parametrize("budget", [0.0, 0.6])
-def test_msm_route(preset: ModelConfig, budget: float, n: int, dtype: torch.dtype) -> None:
-    operator = MsmRoute(canvas=preset.canvas, detections=preset.detections, costs=COSTS)
+def test_msm_route(preset: ModelConfig, budget: float, n: int, batch: int, dtype: torch.dtype) -> None:
+    operator = MsmRoute(batch=batch, stride=STRIDES[0], detections=preset.detections, costs=COSTS)
+    n *= batch
     override = torch.tensor([-1, -1, -1, 0, 1, 2, 3, 4] * n, dtype=torch.int64)[:n]
-    slots = torch.randperm(preset.detections, generator=torch.Generator().manual_seed(n))[:n]
+    slots = torch.randperm(preset.detections * batch, generator=torch.Generator().manual_seed(n))[:n]
     inputs = [_random(n, 4, dtype=dtype), _boxes(preset, n), override.cuda(), slots.cuda(), torch.tensor(budget, device="cuda")]
-    logits, boxes, *_ = (x.cpu() for x in inputs)
-    expected = msm_route(logits, boxes, override, slots, budget, preset.canvas, preset.detections, COSTS)
+    inputs.append(_finest_map(preset, batch))
+    reference: Callable[..., list[Tensor]] = msm_route
+    expected = reference(*(x.cpu() for x in inputs), stride=STRIDES[0], detections=preset.detections, costs=COSTS)
     for name, got, wanted in zip(operator.outputs, run(operator, inputs), expected, strict=True):
         assert torch.equal(got.cpu(), wanted), name
 
@@ -164,14 +188,13 @@ def _again(preset: ModelConfig) -> dict[str, Callable[[], list[Tensor]]]:
     cells = AnchorGenerator(tuple((size,) for size in preset.anchor_sizes), ((0.5, 1.0, 2.0),) * 5).cell_anchors
     maps = [_random(1, channels, *size, seed=seed) for channels in (3, 12) for seed, size in enumerate(_sizes(preset))]
     limits: dict[str, Any] = {"per_level": preset.proposals_per_level, "proposals": preset.proposals, "nms_threshold": RPN_NMS_THRESHOLD}
-    proposals = Proposals(canvas=preset.canvas, strides=STRIDES, **limits)
-    detections = Detections(canvas=preset.canvas, detections=preset.detections, score_threshold=0.05, nms_threshold=0.5)
+    proposals, detections = Proposals(strides=STRIDES, **limits), _detections(preset, 0.05, 0.5)
     rows = preset.proposals
     boxes = [2 * _random(rows, 81), _random(rows, 324), _boxes(preset, rows), torch.tensor([rows], dtype=torch.int32).cuda()]
     return {
         "DeformConv": lambda: run(convolution, x),
         "Proposals": lambda: run(proposals, [*maps, torch.stack(cells).cuda()]),
-        "Detections": lambda: run(detections, [*boxes, torch.zeros((), device="cuda")]),
+        "Detections": lambda: run(detections, [*boxes, torch.zeros((), device="cuda"), _finest_map(preset)]),
     }
 
 

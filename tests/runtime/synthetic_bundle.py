@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.bundle import Bundle, Manifest
+from runtime.bundle import Bundle, Manifest, Profile
 from runtime.instances import GRIDS, ClassName
+from runtime.targets.base import EngineOutput
 
 SIDE = 64
 SLOTS = 6
@@ -108,3 +109,32 @@ def graph():
     )
     onnx.checker.check_model(model)
     return model
+
+
+class EngineOfSeveral:
+    """Takes up to `most` canvases in a run: another engine, one canvas after the other, its outputs laid end to end."""
+
+    def __init__(self, engine, most):
+        self.engine, self.target, self.manifest = engine, engine.target, engine.manifest
+        self.profile = Profile(batch=(1, most, most), canvas=(engine.manifest.canvas,) * 3)
+        self.counts = []
+        """Of each run, how many canvases."""
+
+    def run(self, image, budget=None, grid_override=None, min_score=0.0):
+        count = len(image)
+        assert count <= self.profile.batch[-1]
+        self.counts.append(count)
+        overrides = np.full(count * SLOTS, -1 if grid_override is None else grid_override).reshape(count, SLOTS)
+        parts = [self.engine.run(one[None], budget, own, min_score) for one, own in zip(image, overrides, strict=True)]
+        masks = {
+            grid: (
+                np.concatenate([part.masks[grid][0] + SLOTS * b for b, part in enumerate(parts)]),
+                np.concatenate([part.masks[grid][1] for part in parts]),
+            )
+            for grid in GRIDS
+        }
+        joined = [np.concatenate([getattr(part, name) for part in parts]) for name in ("boxes", "scores", "labels", "grids")]
+        return EngineOutput(*joined, masks, {name: sum(part.times_ms[name] for part in parts) for name in ("detector", "masks")})
+
+    def close(self):
+        self.engine.close()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from cli.build_engine import build_engine
 from cli.predict import predict
+from runtime import predictor
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 
@@ -88,3 +89,28 @@ def test_a_bad_image_is_named_and_the_others_still_run(bundle, photo, tmp_path):
     written = json.loads((tmp_path / "found.json").read_text())
     assert [record["file_name"] for record in written["images"]] == [str(photo)]
     assert [failure["image"] for failure in written["failures"]] == [str(tmp_path / "bad.png")]
+
+
+def test_as_many_images_at_a_time_as_the_engine_takes(bundle, synthetic, tmp_path, monkeypatch):
+    paths = [tmp_path / f"{name}.png" for name in ("a", "bad", "c", "d", "e")]
+    for index, path in enumerate(paths):
+        Image.fromarray(np.full((40 + 10 * index, 64, 3), 50 * index, np.uint8)).save(path)
+    paths[1].write_bytes(b"no image")
+    alone = run("predict", bundle, *paths, "--json", tmp_path / "alone.json", "--output", tmp_path / "alone")
+    engines, open_engine = [], predictor.open_engine
+    monkeypatch.setattr(
+        predictor, "open_engine", lambda *given: engines.append(synthetic.EngineOfSeveral(open_engine(*given), 3)) or engines[-1]
+    )
+    together = run("predict", bundle, *paths, "--json", tmp_path / "together.json", "--output", tmp_path / "together")
+    # The image that cannot be read leaves no gap.
+    assert engines[0].counts == [3, 1] and together.exit_code == alone.exit_code == 2
+    assert together.stdout == alone.stdout and together.stderr == alone.stderr
+    expected, found = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "together"))
+    assert [record["id"] for record in found["images"]] == [0, 2, 3, 4]
+    for result in (expected, found):
+        for record in result["images"]:
+            assert len(record["detections"]) == 4 and record.pop("times_ms")
+    assert found == expected
+    for name in ("a", "c", "d", "e"):
+        pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("alone", "together")]
+        assert pictures[0] == pictures[1]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, Profile
 from runtime.errors import InputError
 from runtime.instances import GRIDS
-from runtime.predictor import load
+from runtime.predictor import Predictor, load
+from runtime.preprocess import letterbox_normalise
 from runtime.targets import onnxruntime as target
+from runtime.targets.base import EngineOutput
 
 WHITE = np.full((128, 96, 3), 255, np.uint8)
 
@@ -56,6 +60,116 @@ def test_budget_and_grid_are_chosen_per_call(predictor, bundle):
     with load(bundle, budget=0.2) as tight:
         assert tight(WHITE).grids.tolist() == [14] * 4
         assert tight(WHITE, budget=0).grids.tolist() == [112, 14, 56, 14]
+
+
+def drawn(*sizes):
+    return [np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8) for index, size in enumerate(sizes)]
+
+
+def check_equal(found, expected):
+    for name in ("boxes", "scores", "labels", "grids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    for logits, others in zip(found.logits, expected.logits, strict=True):
+        np.testing.assert_array_equal(logits, others)
+    assert found.size == expected.size and found.times_ms.keys() == expected.times_ms.keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 0.2}, {"grid_override": np.array([3, 2, 1, 0, -1, -1]), "min_score": 0.5}])
+def test_a_batch_is_what_is_found_one_by_one(predictor, synthetic, options):
+    images = drawn((128, 96), (30, 200), (1, 1), (64, 64), (300, 40))
+    several = Predictor(predictor.bundle, synthetic.EngineOfSeveral(predictor.engine, 2))
+    alone = [predictor(image, **options) for image in images]
+    assert len({logits.flat[0] for found in alone for logits in found.logits}) > 5
+    for together in (predictor.batch(images, **options), several.batch(images, **options)):
+        for found, expected in zip(together, alone, strict=True):
+            check_equal(found, expected)
+    assert several.engine.counts == [2, 2, 1]
+    check_equal(several(images[0], **options), alone[0])
+    assert predictor.batch([]) == several.batch([]) == []
+
+
+def test_an_images_times_are_its_share_of_its_run(predictor, synthetic):
+    several = Predictor(predictor.bundle, synthetic.EngineOfSeveral(predictor.engine, 4))
+    runs, run = [], several.engine.run
+    several.engine.run = lambda *values: runs.append(run(*values)) or runs[-1]
+    first, second = several.batch(drawn((128, 96), (30, 200)))
+    for part, ms in runs[0].times_ms.items():
+        assert first.times_ms[part] == second.times_ms[part] == ms / 2
+    assert first.times_ms["preprocess"] > 0 and second.times_ms["preprocess"] > 0
+
+
+def test_nothing_of_a_wrong_batch_runs(predictor, synthetic):
+    several = Predictor(predictor.bundle, synthetic.EngineOfSeveral(predictor.engine, 2))
+    with pytest.raises(InputError, match="uint8 RGB"):
+        several.batch([WHITE, WHITE, WHITE[..., 0]])
+    with pytest.raises(InputError, match="chooses no grid"):
+        several.batch([WHITE], grid_override=7)
+    with pytest.raises(InputError, match=r"the shape \[12\] for 6 slots; give one value, or one for each of them"):
+        several.batch([WHITE] * 2, grid_override=np.zeros(12, np.int64))
+    assert several.engine.counts == []
+
+
+class WholeImage:
+    """Notes the canvases of its runs; finds one instance in each, on all of the canvas."""
+
+    def __init__(self, profile):
+        self.profile, self.runs = profile, []
+
+    def run(self, image, *_):
+        self.runs.append(image.copy())
+        count, _, height, width = image.shape
+        none = (np.empty(0, np.int64), np.empty((0, 14, 14), np.float32))
+        all_ = (np.arange(count), np.zeros((count, 28, 28), np.float32))
+        boxes, ones = np.tile(np.array([[0, 0, width, height]], np.float32), (count, 1)), np.ones(count, np.int64)
+        return EngineOutput(boxes, ones.astype(np.float32), 0 * ones, ones, {14: none, 28: all_}, {})
+
+
+sides = st.integers(1, 6).map(lambda count: 32 * count)
+canvases = st.tuples(sides, sides)
+
+
+@st.composite
+def profiles(draw):
+    heights, widths = (sorted(draw(st.tuples(sides, sides, sides))) for _ in range(2))
+    batch = sorted(draw(st.tuples(*[st.integers(1, 3)] * 3)))
+    return Profile(batch=tuple(batch), canvas=tuple(zip(heights, widths, strict=True)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(canvases, profiles(), st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=7))
+def test_a_run_has_the_smallest_canvas_that_holds_its_images(synthetic, canvas, profile, sizes):
+    (low_height, low_width), _, (high_height, high_width) = profile.canvas
+    fitted = max(low_height, min(canvas[0], high_height)), max(low_width, min(canvas[1], high_width))
+    images, engine = drawn(*sizes), WholeImage(profile)
+    bundle = Bundle("a.bundle", synthetic.manifest(canvas=canvas))
+    found = Predictor(bundle, engine).batch(images)
+    for instances, (height, width) in zip(found, sizes, strict=True):
+        np.testing.assert_allclose(instances.boxes, [[0, 0, width, height]], rtol=0.02, atol=1e-3)
+    remaining = iter(images)
+    for run in engine.runs:
+        assert 1 <= len(run) <= profile.batch[-1]
+        height, width = run.shape[2:]
+        assert low_height <= height <= fitted[0] and low_width <= width <= fitted[1] and height % 32 == width % 32 == 0
+        whole = [letterbox_normalise(next(remaining), *fitted, (0.5,) * 3, (0.5,) * 3)[0][0] for _ in run]
+        for one, expected in zip(run, whole, strict=True):
+            np.testing.assert_array_equal(one, expected[:, :height, :width])
+            assert not expected[:, height:].any() and not expected[:, :, width:].any()
+        # On the next smaller one some image would lose something.
+        assert height == low_height or any(expected[:, height - 32 :].any() for expected in whole)
+        assert width == low_width or any(expected[:, :, width - 32 :].any() for expected in whole)
+    assert next(remaining, None) is None
+
+
+def test_onnx_runtime_takes_one_image_on_its_canvas(predictor, bundle):
+    assert predictor.engine.profile == Profile(canvas=((64, 64),) * 3)
+    for shape in ((2, 3, 64, 64), (1, 3, 64, 96), (3, 64, 64)):
+        with pytest.raises(InputError) as refused:
+            predictor.engine.run(np.zeros(shape, np.float32))
+        assert str(refused.value) == (
+            f"The engine for onnxruntime of {bundle.path} takes [B, 3, H, W] with B up to 1 and HxW of 64x64, multiples of 32, and no "
+            f"{list(shape)}; give it such, or build one that takes more with dynamask build-engine {bundle.path} --target tensorrt-rtx, "
+            "--batch and --size."
+        )
 
 
 def test_two_sessions_give_what_the_whole_graph_gives(predictor, bundle, synthetic):

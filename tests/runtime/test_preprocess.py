@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from runtime.preprocess import letterbox_normalise
+from runtime.preprocess import filled_canvas, letterbox_normalise
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,3 +45,27 @@ def test_a_reused_canvas_holds_nothing_of_the_image_before():
     canvas, _ = letterbox_normalise(image, 64, 64, MEAN, STD, out)
     assert canvas is out
     np.testing.assert_array_equal(canvas, letterbox_normalise(image, 64, 64, MEAN, STD)[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(480, 640)], (256, 320)),  # 240 x 320 of 320 x 320, and 240 is 7.5 x 32.
+        ([(640, 480)], (320, 256)),
+        ([(480, 640), (640, 480)], (320, 320)),
+        ([(100, 4000)], (64, 320)),
+        ([(9, 9)], (320, 320)),
+        ([(448, 640)], (224, 320)),
+        ([(451, 640)], (256, 320)),
+    ],
+)
+def test_the_filled_canvas_leaves_padding_off(sizes, expected):
+    assert filled_canvas(sizes, (320, 320), (64, 96)) == expected
+
+
+def test_a_smaller_canvas_is_the_corner_of_the_whole():
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    whole, scale = letterbox_normalise(image, 128, 128, MEAN, STD)
+    out = np.full((1, 3, 96, 128), 7, np.float32)
+    assert letterbox_normalise(image, 128, 128, MEAN, STD, out) == (out, scale)
+    np.testing.assert_array_equal(out, whole[..., :96, :])

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import struct
 import types
 
 import numpy as np
 import pytest
 
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, Profile
 from runtime.cuda import Memory
 from runtime.errors import DynaMaskError, InputError
 from runtime.instances import GRIDS
+from runtime.predictor import Predictor
 from runtime.targets import base, tensorrt
 from runtime.targets.base import TARGETS, open_engine
 from runtime.targets.tensorrt import ENGINE, INPUTS, OUTPUTS, KernelLauncher, RuntimeCache, Tensor, TensorRTEngine
@@ -23,6 +25,10 @@ from trt_plugins.operator import Buffer, KernelSpec, Launch
 
 PLAN = b"an engine for this GPU"
 SIDE, SLOTS = 64, 6
+ONE = Profile(canvas=((SIDE, SIDE),) * 3)
+PAIRS = Profile(batch=(2, 2, 2), canvas=((SIDE, SIDE),) * 3)
+SEVERAL = Profile(batch=(1, 2, 3), canvas=((SIDE, SIDE),) * 3)
+CANVASES = Profile(batch=(1, 2, 3), canvas=((32, 64), (64, 64), (64, 96)))
 FILL = KernelSpec(DETECTIONS_KERNELS, "fill_slots", (("x", "*fp16"), ("n", "i32"), ("least", "fp32"), ("offset", "i64")), (("BLOCK", 64),))
 ROUTE = KernelSpec("trt_plugins.msm_route.kernel", "route", (("x", "*i64"),))
 
@@ -108,24 +114,46 @@ class FakeDriver:
 
 
 class FakeContext:
-    """Finds `found` instances, whatever the image; the grid of each is its override's, or its slot modulo 4.
+    """Finds SLOTS instances in every image that is not empty; the grid of each is its override's, or its slot modulo 4.
 
-    Scores are the image's mean over the slot plus 1, and fall short at `min_score`; mask logits are slot + budget.
+    Scores are the image's mean over the slot plus 1, and fall short at `min_score`; mask logits are the flat slot + budget. As in TensorRT,
+    sizes that vary are -1 until they are set, and those that the input's values decide are -1 until it has run.
     """
 
     def __init__(self, engine):
-        self.engine, self.found = engine, SLOTS
-        self.addresses, self.allocators = {}, {}
+        self.engine, self.profile = engine, engine.trt.profile
+        self.addresses, self.allocators, self.shapes, self.told = {}, {}, {}, []
+        self.empty = 0.0
+        """The mean of an empty image, where instances are to be found in it."""
+        self.inputs = None
+        """Those of the last run."""
+
+    def bounds(self, name):
+        images, canvases = self.profile.batch[::2], self.profile.canvas[::2]
+        if name == "image":
+            return [(count, 3, *canvas) for count, canvas in zip(images, canvases, strict=True)]
+        return [(SLOTS * count,) for count in images] if name == "grid_override" else [(), ()]
+
+    def set_input_shape(self, name, shape):
+        least, most = self.bounds(name)
+        if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
+            self.engine.logger.log(self.engine.trt.ILogger.ERROR, "Error Code 3: out of the profile.")
+            return False
+        self.told.append((name, shape))
+        self.shapes[name] = shape
+        return True
 
     def get_tensor_shape(self, name):
+        if name in INPUTS:
+            return self.shapes.get(name, tuple(low if low == high else -1 for low, high in zip(*self.bounds(name), strict=True)))
         kind, _, grid = name.partition("_")
-        if kind == "masks":
-            return (-1, int(grid), int(grid))
-        fixed = {"image": (1, 3, SIDE, SIDE), "min_score": (), "budget": (), "boxes": (SLOTS, 4), "slots": (-1,)}
-        return fixed.get(name if name in INPUTS else kind, (SLOTS,))
+        images = self.get_tensor_shape("image")[0]
+        slots = -1 if images == -1 else SLOTS * images
+        return {"masks": (-1, int(grid or 0), int(grid or 0)), "slots": (-1,), "boxes": (slots, 4)}.get(kind, (slots,))
 
     def get_max_output_size(self, name):
-        shape = [SLOTS if size == -1 else size for size in self.get_tensor_shape(name)]
+        assert -1 not in self.get_tensor_shape("image"), "TensorRT would say -1"
+        shape = [SLOTS * self.profile.batch[-1] if size == -1 else size for size in self.get_tensor_shape(name)]
         return int(np.prod(shape)) * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
 
     def set_tensor_address(self, name, address):
@@ -143,14 +171,17 @@ class FakeContext:
         if self.engine.trt.broken:
             self.engine.logger.log(self.engine.trt.ILogger.ERROR, "Error Code 1: launch failed.")
             return False
-        image, least, budget, override = (self.array(name, self.get_tensor_shape(name)) for name in INPUTS)
-        scores = image.mean() / np.arange(1, SLOTS + 1)
-        scores = np.where((scores > least) & (np.arange(SLOTS) < self.found), scores, 0)
+        image, least, budget, override = (self.array(name, self.get_tensor_shape(name)).copy() for name in INPUTS)
+        assert len(override) == SLOTS * len(image)
+        self.inputs = image, override
+        means = image.mean((1, 2, 3))
+        scores = np.where(means, means, self.empty)[:, None] / np.arange(1, SLOTS + 1)
+        scores = np.where(scores > least, scores, 0).reshape(-1)
         self.engine.launcher(Launch(FILL, (1, 1, 1), (Buffer("input", 0), 1, 0.5, 2)), [4096], [], 0, stream)
         self.engine.launcher(Launch(ROUTE, (1, 1, 1), (Buffer("workspace", offset=256),)), [], [], 8192, stream)
-        filled = scores > 0
-        grids = np.where(filled, np.where(override >= 0, override, np.arange(SLOTS) % 4), -1)
-        results = {"boxes": np.arange(SLOTS * 4).reshape(-1, 4), "scores": scores, "labels": np.where(filled, 1, -1), "grids": grids}
+        filled, count = scores > 0, len(scores)
+        grids = np.where(filled, np.where(override >= 0, override, np.arange(count) % SLOTS % 4), -1)
+        results = {"boxes": np.arange(count * 4).reshape(-1, 4), "scores": scores, "labels": np.where(filled, 1, -1), "grids": grids}
         for k, grid in enumerate(GRIDS):
             slots = np.nonzero(grids == k)[0]
             results |= {f"slots_{grid}": slots, f"masks_{grid}": np.broadcast_to((slots + budget)[:, None, None], (len(slots), grid, grid))}
@@ -159,7 +190,7 @@ class FakeContext:
                 size = result.size * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
                 self.addresses[name] = self.allocators[name].reallocate_output_async(name, 0, size, 256, stream)
                 assert self.addresses[name]
-                self.allocators[name].notify_shape(name, result.shape)
+                self.allocators[name].notify_shape(name, self.get_tensor_shape(name) if self.engine.trt.silent else result.shape)
             self.array(name, result.shape)[:] = result
         return True
 
@@ -199,9 +230,9 @@ class FakeCache:
         return memoryview(self.content)
 
 
-def fake_trt(name="tensorrt_rtx", names=(*INPUTS, *OUTPUTS)):
+def fake_trt(name="tensorrt_rtx", names=(*INPUTS, *OUTPUTS), profile=ONE):
     trt = types.ModuleType(name)
-    trt.__version__, trt.broken, trt.nptype = "9.8.7", False, np.dtype
+    trt.__version__, trt.broken, trt.silent, trt.nptype, trt.profile = "9.8.7", False, False, np.dtype, profile
 
     class ILogger:
         ERROR, INTERNAL_ERROR, INFO = range(3)
@@ -230,9 +261,9 @@ def bundle(synthetic, tmp_path, monkeypatch):
     return add_engine(synthetic.create(tmp_path / "a.bundle"))
 
 
-def add_engine(bundle, target="tensorrt-rtx", plan=PLAN, kernels=(compiled(FILL), compiled(ROUTE))):
+def add_engine(bundle, target="tensorrt-rtx", plan=PLAN, kernels=(compiled(FILL), compiled(ROUTE)), profile=None):
     files = {ENGINE: plan, **KernelLibrary(kernels).to_files()}
-    bundle.add_engine(target, files, "fp32", {target: "1.2.3", "triton": "3.6.0"})
+    bundle.add_engine(target, files, "fp32", {target: "1.2.3", "triton": "3.6.0"}, profile)
     return bundle
 
 
@@ -252,8 +283,20 @@ def install(monkeypatch):
     return put
 
 
-def image(value=0.9):
-    return np.full((1, 3, SIDE, SIDE), value, np.float32)
+@pytest.fixture
+def several(bundle, install):
+    """Opens the engine of a profile, on the stand-ins."""
+
+    def open_(profile):
+        install(fake_trt(profile=profile), FakeDriver())
+        return TensorRTEngine(add_engine(bundle, profile=profile), "tensorrt-rtx")
+
+    return open_
+
+
+def image(*values, canvas=(SIDE, SIDE)):
+    """One canvas for each value, 0.9 if none is given."""
+    return np.broadcast_to(np.reshape(values or 0.9, (-1, 1, 1, 1)), (len(values) or 1, 3, *canvas)).astype(np.float32)
 
 
 def expected_masks(grids, budget):
@@ -283,6 +326,147 @@ def test_outputs_are_gathered(bundle, install, name):
         for grid, (slots, masks) in expected_masks(grids, budget).items():
             np.testing.assert_array_equal(output.masks[grid][0], slots)
             np.testing.assert_array_equal(output.masks[grid][1], masks.astype(np.float32))
+
+
+def check_found(output, values, grids, budget=0):
+    """Whether an output is what the stand-in finds in images of these means, on these grids, one list an image."""
+    slots = SLOTS * len(values)
+    np.testing.assert_array_equal(output.boxes, np.arange(4 * slots).reshape(-1, 4))
+    np.testing.assert_array_equal(output.grids, np.concatenate(grids))
+    np.testing.assert_allclose(output.scores.reshape(-1, SLOTS).max(1), values, rtol=1e-6)
+    np.testing.assert_array_equal(output.labels, np.where(np.concatenate(grids) >= 0, 1, -1))
+    for grid, (places, masks) in expected_masks(np.concatenate(grids), budget).items():
+        np.testing.assert_array_equal(output.masks[grid][0], places)
+        np.testing.assert_array_equal(output.masks[grid][1], masks.astype(np.float32))
+
+
+FREE, NONE, LARGE = [0, 1, 2, 3, 0, 1], [-1] * SLOTS, [3] * SLOTS
+
+
+def test_any_number_of_images_within_the_profile_runs(several):
+    with several(SEVERAL) as engine:
+        assert engine.profile == SEVERAL
+        context = engine._context
+        # The buffers are made for the most.
+        assert context.told == [("image", (3, 3, SIDE, SIDE)), ("grid_override", (3 * SLOTS,))]
+        for values in ((0.9,), (0.9, 0.6, 0.3), (0.3, 0.9)):
+            check_found(engine.run(image(*values), budget=0.25), values, [FREE] * len(values), budget=0.25)
+        told = len(context.told)
+        check_found(engine.run(image(0.1, 0.2), grid_override=3), (0.1, 0.2), [LARGE] * 2)
+        assert len(context.told) == told == 8  # Two inputs for each size but that of the last run, which stayed.
+        overrides = np.concatenate([FREE[::-1], [3, 3, -1, -1, 2, 2]])
+        check_found(engine.run(image(0.1, 0.2), grid_override=overrides), (0.1, 0.2), [FREE[::-1], [3, 3, 2, 3, 2, 2]])
+
+
+def test_each_image_has_its_own_instances(several):
+    with several(SEVERAL) as engine:
+        # 0.9 / (slot + 1) exceeds 0.25 three times, 0.3 / (slot + 1) once, 0 never.
+        output = engine.run(image(0, 0.9, 0.3), min_score=0.25)
+    parts = output.per_image(3)
+    for b, (part, count) in enumerate(zip(parts, (0, 3, 1), strict=True)):
+        grids = FREE[:count] + NONE[count:]
+        np.testing.assert_array_equal(part.grids, grids)
+        np.testing.assert_array_equal(part.boxes, np.arange(24).reshape(6, 4) + 24 * b)
+        assert np.count_nonzero(part.scores) == count
+        for grid, (slots, _) in expected_masks(grids, 0).items():
+            np.testing.assert_array_equal(part.masks[grid][0], slots)
+            assert part.masks[grid][1].shape == (len(slots), grid, grid)
+            np.testing.assert_array_equal(part.masks[grid][1][:, 0, 0], slots + b * SLOTS)
+    for name, ms in output.times_ms.items():
+        assert sum(part.times_ms[name] for part in parts) == pytest.approx(ms)
+
+
+def test_fewer_images_than_the_least_are_filled_up(several):
+    with several(PAIRS) as engine:
+        assert not engine._context.told  # Nothing varies.
+        engine._context.empty = 0.5
+        check_found(engine.run(image(0.9, 0.6), budget=0.5), (0.9, 0.6), [FREE] * 2, budget=0.5)
+        # Where the second image was there is nothing now; what may still be found there is left out, and no part of the budget.
+        check_found(engine.run(image(0.3), budget=0.5), (0.3,), [FREE], budget=0.5)
+        images, overrides = engine._context.inputs
+        assert images.shape == (2, 3, SIDE, SIDE) and not images[1].any()
+        assert overrides.tolist() == [-1] * SLOTS + [0] * SLOTS
+        check_found(engine.run(image(0.3), grid_override=np.array(LARGE)), (0.3,), [LARGE])
+
+
+def test_the_canvas_of_each_run_is_its_images(several):
+    with several(CANVASES) as engine:
+        for canvas, values in (((32, 64), (0.9,)), ((64, 96), (0.9, 0.6, 0.3)), ((32, 96), (0.6, 0.3))):
+            canvases = np.random.default_rng(0).random((len(values), 3, *canvas), np.float32)
+            canvases *= np.reshape(values, (-1, 1, 1, 1)) / canvases.mean((1, 2, 3), keepdims=True)
+            check_found(engine.run(canvases), values, [FREE] * len(values))
+            np.testing.assert_array_equal(engine._context.inputs[0], canvases)
+
+
+def test_memory_stays_whatever_runs(several):
+    with several(CANVASES) as engine:
+        # Inputs, boxes, scores, labels, grids; then places and logits of every slot on every grid.
+        inputs = 3 * (3 * 64 * 96 * 4 + SLOTS * 8) + 4 + 4
+        outputs = 3 * SLOTS * (4 * 4 + 4 + 8 + 8 + sum(8 + 4 * grid**2 for grid in GRIDS))
+        expected = len(PLAN) + 1000 + inputs + outputs
+        blocks = dict(engine._driver.blocks)
+        for run in (image(0.9, 0.9, 0.9, canvas=(64, 96)), image(0.9, canvas=(32, 64)), image(0.9, 0.9, 0.9, canvas=(64, 96))):
+            engine.run(run, grid_override=3)
+            assert engine.memory_bytes == expected and engine._driver.blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("profile", "shape", "takes"),
+    [
+        (ONE, (2, 3, SIDE, SIDE), "B up to 1 and HxW of 64x64,"),
+        (SEVERAL, (4, 3, SIDE, SIDE), "B up to 3 and HxW of 64x64,"),
+        (SEVERAL, (0, 3, SIDE, SIDE), "B up to 3"),
+        (SEVERAL, (1, 3, 32, 64), "HxW of 64x64,"),
+        (SEVERAL, (3, SIDE, SIDE), "B up to 3"),
+        (CANVASES, (1, 3, 64, 128), "HxW of 32x64 to 64x96,"),
+        (CANVASES, (1, 3, 40, 64), "multiples of 32"),
+        (CANVASES, (1, 3, 32, 32), "HxW of 32x64"),
+        (CANVASES, (1, 1, 64, 64), r"\[B, 3, H, W\]"),
+    ],
+)
+def test_what_the_profile_has_not_is_refused_with_the_way_out(several, bundle, profile, shape, takes):
+    with several(profile) as engine:
+        with pytest.raises(InputError) as refused:
+            engine.run(np.zeros(shape, np.float32))
+        assert re.search(takes, str(refused.value)) and f"and no {list(shape)};" in str(refused.value)
+        assert str(refused.value).endswith(f"with dynamask build-engine {bundle.path} --target tensorrt-rtx, --batch and --size.")
+        least = image(*[0.9] * profile.batch[0], canvas=profile.canvas[0])
+        check_found(engine.run(least), [0.9] * len(least), [FREE] * len(least))
+
+
+def test_overrides_for_another_number_of_slots_are_refused(several):
+    with several(SEVERAL) as engine, pytest.raises(InputError, match=r"the shape \[6\] for 12 slots; give one value, or one for each"):
+        engine.run(image(0.9, 0.6), grid_override=np.zeros(SLOTS, np.int64))
+
+
+def test_an_engine_of_another_profile_than_the_manifest_says_is_refused(bundle, install):
+    driver = FakeDriver()
+    for built, said in ((ONE, SEVERAL), (SEVERAL, CANVASES), (CANVASES, PAIRS.model_copy(update={"batch": (4, 4, 4)}))):
+        install(fake_trt(profile=built), driver)
+        with pytest.raises(InputError, match=r"engine\.bin does not take \[.*\] as its image, .* \(Error Code 3: .*\); build it again"):
+            TensorRTEngine(add_engine(bundle, profile=said), "tensorrt-rtx")
+    assert not driver.blocks and not driver.streams
+
+
+def test_a_size_that_tensorrt_does_not_tell_is_no_size(several):
+    with several(SEVERAL) as engine:
+        engine._engine.trt.silent = True
+        with pytest.raises(DynaMaskError, match=r"did not tell how large the output slots_14 of .*engine\.bin is"):
+            engine.run(image())
+
+
+@pytest.mark.parametrize("profile", [ONE, PAIRS, SEVERAL])
+def test_a_predictors_batch_is_what_it_finds_one_by_one(several, bundle, profile):
+    images = [np.full((20 + 30 * index, 100, 3), 150 + 20 * index, np.uint8) for index in range(5)]
+    with Predictor(bundle, several(profile)) as predictor:
+        options = {"grid_override": np.array(FREE[::-1]), "min_score": 0.03}
+        together, alone = predictor.batch(images, **options), [predictor(image, **options) for image in images]
+    # The mean of the canvas, and with it what is found, is each image's.
+    assert [len(found) for found in together] == [1, 5, 6, 6, 6]
+    for found, expected, image in zip(together, alone, images, strict=True):
+        assert found.size == image.shape[:2]
+        for name in ("scores", "labels", "grids"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_times_part_where_the_detections_are_done(bundle, install):

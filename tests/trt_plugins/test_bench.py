@@ -79,12 +79,13 @@ def test_launch_gives_what_the_tests_runner_gives() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(size, generator=generator) for size in [(2, 4, 5, 6), (3, 4, 3, 3), (2, 18, 5, 6), (3,)]]
     assert torch.equal(bench.launch(bench.PLAIN, inputs)[0], on_torch.run(bench.PLAIN, inputs)[0])
-    sized = bench.launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), torch.tensor(0.0)])
+    feature = torch.empty(1, 1, 16, 16)
+    sized = bench.launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), torch.tensor(0.0), feature])
     assert [len(output) for output in sized[:4]] == [3, 3, 3, 3], "as much room as the slots"
 
 
 def _route(slots: int) -> MsmRoute:
-    return MsmRoute(canvas=(64, 64), detections=slots, costs=(1.0, 2.0, 3.0, 4.0))
+    return MsmRoute(stride=4, detections=slots, costs=(1.0, 2.0, 3.0, 4.0))
 
 
 class _CPU(TorchFunctionMode):

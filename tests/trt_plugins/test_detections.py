@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -26,14 +27,23 @@ CANVAS = (96, 160)
 THRESHOLDS = {"score_threshold": 0.05, "nms_threshold": 0.5}
 
 
-def _operator(slots: int, canvas: tuple[int, int] = CANVAS, **thresholds: float) -> Detections:
-    return Detections("boxes", canvas=canvas, detections=slots, **(THRESHOLDS | thresholds))
+def _operator(slots: int, rows: int, **thresholds: float) -> Detections:
+    return Detections("boxes", proposals=rows, stride=4, detections=slots, **(THRESHOLDS | thresholds))
 
 
 def _inputs(
-    rows: int, classes: int, count: int | None = None, min_score: float = 0.0, dtype: torch.dtype = torch.float32, spread: float = 1.0
+    rows: int,
+    classes: int,
+    counts: Sequence[int] = (),
+    min_score: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    spread: float = 1.0,
+    canvas: tuple[int, int] = CANVAS,
 ) -> list[Tensor]:
+    """Of as many images as there are counts, by default of one that all its rows count of."""
     generator = torch.Generator().manual_seed(rows * classes)
+    counts = counts or [rows]
+    rows *= len(counts)
     corner = torch.randint(0, 80, (rows, 2), generator=generator).float()
     proposals = torch.cat([corner, corner + torch.randint(1, 60, (rows, 2), generator=generator)], dim=1)
     logits = torch.randn(rows, classes + 1, generator=generator) * 2
@@ -42,9 +52,16 @@ def _inputs(
         logits.to(dtype),
         deltas.to(dtype),
         proposals,
-        torch.tensor([rows if count is None else count], dtype=torch.int32),
+        torch.tensor(counts, dtype=torch.int32),
         torch.tensor(min_score),
+        torch.empty(len(counts), 2, canvas[0] // 4, canvas[1] // 4, dtype=dtype),
     ]
+
+
+def _of_image(inputs: list[Tensor], image: int) -> list[Tensor]:
+    """What one image gives alone."""
+    batch = len(inputs[3])
+    return [x if x.ndim == 0 else x.view(batch, -1, *x.shape[1:])[image] for x in inputs]
 
 
 def _check(found: list[Tensor], expected: tuple[Tensor, ...], exact: bool = False) -> None:
@@ -54,58 +71,83 @@ def _check(found: list[Tensor], expected: tuple[Tensor, ...], exact: bool = Fals
 
 
 def _expected(inputs: list[Tensor], operator: Detections) -> tuple[Tensor, ...]:
-    return detect(*inputs, **operator.values)
+    reference: Callable[..., tuple[Tensor, ...]] = detect
+    return reference(*inputs, **operator.values)
 
 
 @pytest.mark.parametrize(
-    ("rows", "classes", "slots", "count", "min_score", "dtype"),
+    ("rows", "classes", "slots", "counts", "min_score", "dtype"),
     [
-        (30, 5, 10, 26, 0.02, torch.float32),
-        (30, 5, 100, 30, 0.3, torch.float32),
-        (64, 40, 4, 50, 0.0, torch.float32),
-        (24, 7, 20, 24, 0.1, torch.float16),
-        (3, 1, 10, 2, 0.0, torch.float32),
+        (30, 5, 10, [26], 0.02, torch.float32),
+        (30, 5, 100, [30], 0.3, torch.float32),
+        (64, 40, 4, [50], 0.0, torch.float32),
+        (12, 3, 8, [12, 9], 0.1, torch.float16),
+        (12, 3, 5, [12, 0, 7], 0.0, torch.float32),
+        (3, 1, 10, [2], 0.0, torch.float32),
     ],
-    ids=["all slots filled", "some slots filled", "narrowed down first", "half precision", "fewer candidates than slots"],
+    ids=[
+        "all slots filled",
+        "some slots filled",
+        "narrowed down first",
+        "half precision",
+        "none between two with some",
+        "fewer candidates than slots",
+    ],
 )
-def test_detections_are_the_models(rows: int, classes: int, slots: int, count: int, min_score: float, dtype: torch.dtype) -> None:
-    inputs, operator = _inputs(rows, classes, count, min_score, dtype), _operator(slots)
-    boxes, scores, labels, filled, n = found = run(operator, inputs)
+def test_detections_are_the_models_and_what_each_image_gives_alone(
+    rows: int, classes: int, slots: int, counts: list[int], min_score: float, dtype: torch.dtype
+) -> None:
+    inputs, operator = _inputs(rows, classes, counts, min_score, dtype), _operator(slots, rows)
+    found = run(operator, inputs)
     _check(found, _expected(inputs, operator))
-    assert filled.tolist() == list(range(int(n))) and n.shape == ()
+    filled, n = found[3:]
+    assert torch.equal(filled, torch.nonzero(found[2] >= 0)[:, 0]) and n.shape == () and int(n) == len(filled)
+    boxes, scores, labels = (x.view(len(counts), slots, *x.shape[1:]) for x in found[:3])
     model = SimpleNamespace(
         config=SimpleNamespace(model=SimpleNamespace(detections=slots, **THRESHOLDS)),
         roi_heads=SimpleNamespace(box_coder=BoxCoder((10.0, 10.0, 5.0, 5.0))),
     )
-    wanted = select_detections(cast(DynaMask, model), *(x.float() for x in inputs[:3]), inputs[3], CANVAS, inputs[4])
-    kept = min(slots, len(wanted.scores))
-    _check([boxes[:kept], scores[:kept], labels[:kept]], (wanted.boxes[:kept], wanted.scores[:kept], wanted.labels[:kept]))
+    for image in range(len(counts)):
+        own = _of_image(inputs, image)
+        logits, deltas, proposals = (x.float() for x in own[:3])
+        wanted = select_detections(cast(DynaMask, model), logits, deltas, proposals, own[3], CANVAS, own[4])
+        kept = min(slots, len(wanted.scores))
+        assert (counts[image] == 0) == bool((labels[image] < 0).all())
+        best = [x[image, :kept] for x in (boxes, scores, labels)]
+        _check(best, (wanted.boxes[:kept], wanted.scores[:kept], wanted.labels[:kept]))
+        if len(counts) > 1:
+            alone = run(operator, own)
+            _check([boxes[image], scores[image], labels[image]], tuple(alone[:3]), exact=True)
+            of_image = filled // slots == image
+            assert torch.equal(filled[of_image] % slots, alone[3])
 
 
-@pytest.mark.parametrize(("count", "min_score"), [(0, 0.0), (12, 1.0)])
-def test_nothing_found_leaves_all_slots_empty(count: int, min_score: float) -> None:
-    boxes, scores, labels, filled, n = run(_operator(5), _inputs(12, 3, count, min_score))
+@pytest.mark.parametrize(("counts", "min_score"), [([0, 0], 0.0), ([12], 1.0)])
+def test_nothing_found_leaves_all_slots_empty(counts: list[int], min_score: float) -> None:
+    boxes, scores, labels, filled, n = run(_operator(5, 12), _inputs(12, 3, counts, min_score))
+    assert len(scores) == 5 * len(counts)
     assert not boxes.any() and not scores.any() and (labels == -1).all()
     assert filled.shape == (0,) and int(n) == 0
 
 
 def test_rows_that_do_not_count_are_not_looked_at() -> None:
-    inputs = _inputs(16, 3, 9)
-    expected = run(_operator(6), inputs)
+    inputs = _inputs(16, 3, [9])
+    expected = run(_operator(6, 16), inputs)
     inputs[0][9:], inputs[1][9:], inputs[2][9:] = float("nan"), float("inf"), float("nan")
-    for got, wanted in zip(run(_operator(6), inputs), expected, strict=True):
+    for got, wanted in zip(run(_operator(6, 16), inputs), expected, strict=True):
         assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("apart", [0.0, 30.0])
-def test_equal_scores_count_by_proposal_and_class(apart: float) -> None:
-    inputs, operator = _inputs(40, 3, spread=0.0), _operator(5)
+def test_equal_scores_count_by_proposal_and_class() -> None:
+    """All boxes of the first image are equal, those of the second lie 30 pixels apart in five places."""
+    inputs, operator = _inputs(40, 3, [40, 40], spread=0.0), _operator(5, 40)
     inputs[0][:] = 0.0
-    inputs[2][:] = torch.arange(40)[:, None] % 5 * apart + torch.tensor([0.0, 0.0, 20.0, 20.0])
+    inputs[2][:] = torch.arange(80)[:, None] // 40 * 30 * (torch.arange(80)[:, None] % 5) + torch.tensor([0.0, 0.0, 20.0, 20.0])
     found = run(operator, inputs)
     _check(found, _expected(inputs, operator), exact=True)
     # Equal boxes of one class suppress one another; those of other classes stay.
-    assert found[2].tolist() == ([0, 1, 2, -1, -1] if apart == 0.0 else [0, 1, 2, 0, 1])
+    assert found[2].tolist() == [0, 1, 2, -1, -1, 0, 1, 2, 0, 1]
+    assert found[3].tolist() == [0, 1, 2, 5, 6, 7, 8, 9]
 
 
 @settings(deadline=None, max_examples=5)
@@ -114,7 +156,7 @@ def test_none_overlaps_a_better_one_of_its_class_and_every_dropped_one_does(seed
     rows, classes = 20, 2
     inputs = _inputs(rows, classes, min_score=min_score, spread=0.0)
     inputs[0] = torch.randn(rows, classes + 1, generator=torch.Generator().manual_seed(seed))
-    boxes, scores, labels, _, n = run(_operator(40, nms_threshold=overlap), inputs)
+    boxes, scores, labels, _, n = run(_operator(40, rows, nms_threshold=overlap), inputs)
     found = [(box, float(score), int(label)) for box, score, label in zip(boxes[:n], scores[:n], labels[:n], strict=True)]
     assert (scores[:n].diff() <= 0).all() and (scores[:n] > max(min_score, 0.05)).all()
     for place, (box, _, label) in enumerate(found):
@@ -130,9 +172,11 @@ def test_none_overlaps_a_better_one_of_its_class_and_every_dropped_one_does(seed
 
 
 def test_kernels_list_their_arguments_in_order() -> None:
-    operator = _operator(100)
+    operator = _operator(100, 1000)
     specs = [spec_of(x) for x in _inputs(1000, 80)]
-    kernels = operator.kernels(specs)
+    # Known before the number of images and the canvas are.
+    unknown = [TensorSpec((None, *x.shape[1:]), x.dtype) for x in specs[:4]]
+    kernels = operator.kernels([*unknown, specs[4], TensorSpec((None, 2, None, None), "float32")])
     assert {launch.kernel for launch in operator.launches(specs, [])} == set(kernels)
     for kernel in kernels:
         function = getattr(importlib.import_module(kernel.module), kernel.function)
@@ -142,7 +186,8 @@ def test_kernels_list_their_arguments_in_order() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"canvas": (0, 64)}, r"^boxes: .*canvas is \[0, 64\]; give height and width"),
+        ({"proposals": 0}, r"^boxes: .*proposals is 0; give 1 or more"),
+        ({"stride": 0}, "stride is 0; give 1 or more"),
         ({"detections": 0}, "detections is 0; give 1 to 409"),
         ({"detections": 500}, "detections is 500; give 1 to 409"),
         ({"score_threshold": -0.1}, "score_threshold is -0.1; give 0 or more"),
@@ -150,13 +195,15 @@ def test_kernels_list_their_arguments_in_order() -> None:
 )
 def test_wrong_attributes_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Detections("boxes", **({"canvas": CANVAS, "detections": 10} | THRESHOLDS | wrong))
+        Detections("boxes", **({"proposals": 8, "stride": 4, "detections": 10} | THRESHOLDS | wrong))
 
 
 @pytest.mark.parametrize(
     ("index", "spec", "message"),
     [
-        (0, TensorSpec((None, 4), "float32"), r"the class logits are \(None, 4\); give \[P, C \+ 1\], both known"),
+        (0, TensorSpec((None, None), "float32"), r"the class logits are \(None, None\); give \[B P, C \+ 1\], C known"),
+        (0, TensorSpec((16, 4), "float32"), r"the class logits are \(16, 4\); with a map \(1, 2, 24, 40\) give 8 rows an image"),
+        (0, TensorSpec((None, 4), "float16"), r"the box deltas: given \(8, 16\) float32"),
         (0, TensorSpec((8, 1), "float32"), "with 1 to 4096 classes"),
         (0, TensorSpec((8, 4), "int32"), "the class logits are int32; give float32 or float16"),
         (
@@ -167,23 +214,28 @@ def test_wrong_attributes_are_refused(wrong: dict[str, Any], message: str) -> No
         (2, TensorSpec((7, 4), "float32"), r"the proposals: given \(7, 4\)"),
         (3, TensorSpec((1,), "int64"), "count: given"),
         (4, TensorSpec((1,), "float32"), "min_score: given"),
+        (5, TensorSpec((2, 2, 24, 40), "float32"), "give 8 rows an image"),
+        (5, TensorSpec((1, 2, 24), "float32"), "the map is"),
+        (5, TensorSpec((1, 2, 24, 40), "int32"), "the map is .* int32"),
     ],
 )
 def test_wrong_inputs_are_refused(index: int, spec: TensorSpec, message: str) -> None:
-    operator = _operator(10)
+    operator = _operator(10, 8)
     specs = [spec_of(x) for x in _inputs(8, 3)]
     operator.check_inputs(specs)
+    operator.check_inputs([*(TensorSpec((None, *x.shape[1:]), x.dtype) for x in specs[:4]), *specs[4:]])
+    operator.check_inputs([*specs[:5], TensorSpec((None, None, None, None), "float16")])
     with pytest.raises(InputError, match=message):
         operator.check_inputs([*specs[:index], spec, *specs[index + 1 :]])
-    with pytest.raises(InputError, match="it has 4 inputs"):
+    with pytest.raises(InputError, match="it has 5 inputs"):
         operator.check_inputs(specs[:-1])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_detections_at_full_size_on_a_gpu(dtype: torch.dtype) -> None:
-    operator = _operator(100, (800, 1344))
-    inputs = _inputs(1000, 80, dtype=dtype, spread=0.0)
+    operator = _operator(100, 1000)
+    inputs = _inputs(1000, 80, [1000, 300], dtype=dtype, spread=0.0, canvas=(800, 1344))
     inputs[2] *= 8
     found = [x.cpu() for x in run(operator, [x.cuda() for x in inputs])]
     _check(found, _expected(inputs, operator))

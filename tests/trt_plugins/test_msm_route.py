@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,15 @@ def _case(n: int, seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     }
 
 
-def _run(case: dict[str, Tensor], budget: float, slots: int = SLOTS, costs: tuple[float, ...] = COSTS) -> dict[str, Tensor]:
-    operator = MsmRoute(canvas=CANVAS, detections=slots, costs=costs)
-    outputs = run(operator, [case["logits"], case["boxes"], case["override"], case["slots"], torch.tensor(budget)])
-    return dict(zip(operator.outputs, outputs, strict=True))
+def _inputs(case: dict[str, Tensor], budget: float, images: int = 1) -> list[Tensor]:
+    return [*case.values(), torch.tensor(budget), torch.empty(images, 1, CANVAS[0] // 4, CANVAS[1] // 4)]
+
+
+def _run(
+    case: dict[str, Tensor], budget: float, slots: int = SLOTS, costs: tuple[float, ...] = COSTS, images: int = 1, batch: int = 1
+) -> dict[str, Tensor]:
+    operator = MsmRoute(batch=batch, stride=4, detections=slots, costs=costs)
+    return dict(zip(operator.outputs, run(operator, _inputs(case, budget, images)), strict=True))
 
 
 def _routed_by_the_model(case: dict[str, Tensor], budget: float, costs: tuple[float, ...] = COSTS) -> Tensor:
@@ -66,6 +72,13 @@ def _check_lists(outputs: dict[str, Tensor], grids: Tensor, slots: Tensor) -> No
         assert torch.equal(outputs[f"slots_{grid}"], slots[ended])
 
 
+def _check_reference(outputs: dict[str, Tensor], case: dict[str, Tensor], budget: float, images: int = 1, slots: int = SLOTS) -> None:
+    reference: Callable[..., list[Tensor]] = reference_msm_route
+    expected = reference(*_inputs(case, budget, images), stride=4, detections=slots, costs=COSTS)
+    for name, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(outputs[name], wanted), name
+
+
 quarters = st.integers(-24, 24).map(lambda count: count / 4)
 instances = st.lists(
     st.tuples(st.tuples(*[quarters] * 4), st.sampled_from([-1, -1, -1, 0, 1, 2, 3, 4])),
@@ -86,9 +99,31 @@ def test_grids_and_lists_are_the_models(drawn: list[tuple[tuple[float, ...], int
     grids = _routed_by_the_model(case, budget)
     assert torch.equal(outputs["grids"], torch.full((SLOTS,), -1).scatter(0, case["slots"], grids))
     _check_lists(outputs, grids, case["slots"])
-    reference = reference_msm_route(**case, budget=budget, canvas=CANVAS, detections=SLOTS, costs=COSTS)
-    for name, expected in zip(outputs, reference, strict=True):
-        assert torch.equal(outputs[name], expected), name
+    _check_reference(outputs, case, budget)
+
+
+@pytest.mark.parametrize(("images", "budget", "half"), [(1, 0.0, False), (2, 0.7, True), (3, 0.7, False), (3, 0.0, True)])
+def test_images_of_a_run_share_the_budget_and_nothing_else(images: int, budget: float, half: bool) -> None:
+    """Slots of the first and of the last image, none of one between; a run of fewer images than there may be, of 8 slots each."""
+    case = _case(9, seed=images)
+    case["logits"] = (case["logits"] * 4).round() / 4
+    if half:
+        case["logits"] = case["logits"].half()
+    case["slots"] = torch.tensor([0, 1, 2, 3, 5])
+    if images > 1:
+        case["slots"] = torch.cat([case["slots"], 8 * (images - 1) + torch.arange(4)])
+    case["override"] = torch.tensor([-1, 4, -1, 2, -1, -1, 4, -1, -1])
+    case = {name: x[: len(case["slots"])] for name, x in case.items()}
+    outputs = _run(case, budget, 8, images=images, batch=4)
+    grids = _routed_by_the_model(case, budget)
+    assert outputs["grids"].tolist() == torch.full((8 * images,), -1).scatter(0, case["slots"], grids).tolist()
+    _check_lists(outputs, grids, case["slots"])
+    _check_reference(outputs, case, budget, images, slots=8)
+    if budget == 0:
+        for image in range(images):
+            own = case["slots"] // 8 == image
+            alone = _run({name: x[own] for name, x in case.items()} | {"slots": case["slots"][own] % 8}, budget, 8)
+            assert torch.equal(outputs["grids"][8 * image : 8 * (image + 1)], alone["grids"])
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
@@ -121,16 +156,16 @@ def test_the_size_based_rule_at_its_boundaries() -> None:
 
 
 def test_without_instances_every_slot_and_size_is_written() -> None:
-    outputs = _run(_case(0, seed=0), 0.5, slots=100)
-    assert outputs.pop("grids").tolist() == [-1] * 100
+    outputs = _run(_case(0, seed=0), 0.5, slots=100, images=2, batch=2)
+    assert outputs.pop("grids").tolist() == [-1] * 200
     sizes = [outputs.pop(name) for name in ("n1", "n2", "n3", "m0", "m1", "m2", "m3")]
     assert not torch.stack(sizes).any()
     assert all(output.shape == (0,) for output in outputs.values())
 
 
 def test_lists_of_one_stage_share_a_size_and_none_exceeds_the_slots() -> None:
-    operator = MsmRoute(canvas=CANVAS, detections=100, costs=COSTS)
-    shapes = dict(zip(operator.outputs, operator.output_shapes([["n", 4], ["n", 4], ["n"], ["n"], []]), strict=True))
+    operator = MsmRoute(stride=4, detections=50, costs=COSTS)
+    shapes = dict(zip(operator.outputs, operator.output_shapes([["n", 4], ["n", 4], ["n"], ["n"], [], [2, 256, "H", "W"]]), strict=True))
     assert shapes["grids"] == [100]
     for stage, grid in enumerate((14, 28, 56, 112)):
         assert shapes[f"here_{grid}"] == shapes[f"slots_{grid}"] == [DataDependent(operator.outputs.index(f"m{stage}"), 100)]
@@ -139,10 +174,17 @@ def test_lists_of_one_stage_share_a_size_and_none_exceeds_the_slots() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"canvas": (64,)}, "canvas"), ({"detections": 0}, "detections"), ({"costs": (1, 2, 2, 3)}, "costs"), ({"costs": (1, 2, 3)}, "costs")],
+    [
+        ({"batch": 0}, "batch is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"detections": 0}, "detections is 0"),
+        ({"batch": 300}, "batch is 300 and detections is 10, 3000 slots in a run; give at most 204 images"),
+        ({"costs": (1, 2, 2, 3)}, "costs"),
+        ({"costs": (1, 2, 3)}, "costs"),
+    ],
 )
 def test_wrong_attributes_are_refused(change: dict[str, Any], message: str) -> None:
-    values: dict[str, Any] = {"canvas": CANVAS, "detections": 10, "costs": COSTS}
+    values: dict[str, Any] = {"stride": 4, "detections": 10, "costs": COSTS}
     with pytest.raises(InputError, match=f"route: MsmRoute: {message}"):
         MsmRoute("route", **(values | change))
 
@@ -155,7 +197,9 @@ def test_wrong_attributes_are_refused(change: dict[str, Any], message: str) -> N
         (2, TensorSpec((None,), "int32"), "override"),
         (3, TensorSpec((None, 1), "int64"), "slots"),
         (4, TensorSpec((1,), "float32"), "budget"),
-        (3, TensorSpec((11,), "int64"), "11"),
+        (3, TensorSpec((21,), "int64"), "21"),
+        (5, TensorSpec((3, 8, 4, 4), "float32"), "map is of 3 images; give at most batch, 2"),
+        (5, TensorSpec((1, 8, 4), "float32"), "map is .* give \\[B, any, H, W\\] float32 or float16"),
     ],
 )
 def test_wrong_inputs_are_refused(index: int, spec: TensorSpec, message: str) -> None:
@@ -165,8 +209,9 @@ def test_wrong_inputs_are_refused(index: int, spec: TensorSpec, message: str) ->
         TensorSpec((None,), "int64"),
         TensorSpec((None,), "int64"),
         TensorSpec((), "float32"),
+        TensorSpec((None, 8, None, None), "float16"),
     ]
-    operator = MsmRoute(canvas=CANVAS, detections=10, costs=COSTS)
+    operator = MsmRoute(batch=2, stride=4, detections=10, costs=COSTS)
     operator.check_inputs(inputs)
     inputs[index] = spec
     with pytest.raises(InputError, match=message):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runtime.errors import DynaMaskError, InputError
 from tests.trt_plugins.toy import Toy
 from trt_plugins import on_torch
-from trt_plugins.operator import ALIGNMENT, DataDependent, TensorSpec, Workspace
+from trt_plugins.operator import ALIGNMENT, DataDependent, TensorSpec, Times, Workspace, alike, canvas_of, times
 from trt_plugins.registry import OPERATORS
 
 SHAPES = st.tuples(st.integers(0, 40), st.integers(1, 20))
@@ -57,6 +57,15 @@ def test_room_is_what_data_dependent_outputs_take_at_most() -> None:
     inputs = [TensorSpec((7, 5), "float16"), TensorSpec((), "float32")]
     assert Toy(scale=1).output_shapes([spec.shape for spec in inputs])[1] == [DataDependent(2, 7)]
     assert Toy(scale=1).room(inputs) == [TensorSpec((7, 5), "float16"), TensorSpec((7,), "int64"), TensorSpec((), "int64")]
+
+
+def test_sizes_that_are_known_are_multiplied_and_compared_at_once() -> None:
+    assert times(3, 100) == 300 and times(None, 100) is None
+    assert times("images", 100) == Times("images", 100)
+    assert alike() and alike(None) and alike(2, None, 2) and not alike(1, None, 2)
+    assert canvas_of(TensorSpec((None, None, 20, 30), "float16"), 4) == (80, 120)
+    with pytest.raises(ValueError, match="axis 3"):
+        canvas_of(TensorSpec((1, 1, 20, None), "float16"), 4)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(["float32", "float16", "int64", "bool"])), max_size=6))

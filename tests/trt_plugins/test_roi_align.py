@@ -32,10 +32,10 @@ EDGES = [
 """RoIs at borders, beyond them, without area, turned inside out and far outside."""
 
 
-def _pyramid(channels: int, dtype: torch.dtype = torch.float32, levels: int = 4) -> list[Tensor]:
+def _pyramid(channels: int, dtype: torch.dtype = torch.float32, levels: int = 4, batch: int = 1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     sizes = [(CANVAS >> (2 + level), CANVAS >> (2 + level)) for level in range(levels)]
-    return [torch.randn((1, channels, *size), generator=generator).to(dtype) for size in sizes]
+    return [torch.randn((batch, channels, *size), generator=generator).to(dtype) for size in sizes]
 
 
 def _with_image(rois: Tensor) -> Tensor:
@@ -103,8 +103,30 @@ def test_fewer_and_more_levels_agree_with_the_reference(levels: int) -> None:
     torch.testing.assert_close(regions, reference_roi_align(pyramid, rois, strides, 2, 1, True, 28.0), atol=1e-5, rtol=1e-5)
 
 
-def test_no_roi_gives_no_region() -> None:
-    [regions] = run(RoiAlign(strides=(4,), size=7, samples=2, aligned=0), [torch.randn(1, 3, 8, 8), torch.zeros(0, 4)])
+@pytest.mark.parametrize(
+    ("dtype", "levels", "places"),
+    [(torch.float32, 2, None), (torch.float16, 1, [0, 5, 1, 4, 4, 0])],
+    ids=["two a map in order", "by their places, none of the second image's"],
+)
+def test_each_roi_is_cropped_from_its_own_image(dtype: torch.dtype, levels: int, places: list[int] | None) -> None:
+    pyramid, rois = _pyramid(3, dtype, levels, batch=3), torch.tensor([*EDGES[:4], EDGES[7], EDGES[3]])
+    values: dict[str, Any] = {"strides": (4, 8)[:levels], "size": 2, "samples": 1, "aligned": 1, "canonical_size": 28.0}
+    given = [] if places is None else [torch.tensor(places)]
+    [regions] = run(RoiAlign(**values, per_image=2), [*pyramid, rois, *given])
+    images = torch.tensor(places or range(6)) // 2
+    for image in range(3):
+        own = images == image
+        [alone] = run(RoiAlign(**values), [*(x[image : image + 1] for x in pyramid), rois[own]])
+        assert torch.equal(regions[own], alone)
+    expected = reference_roi_align(pyramid, rois, **values, per_image=2, places=given[0] if given else None)
+    torch.testing.assert_close(regions, expected, atol=1e-5, rtol=2**-11)
+
+
+@pytest.mark.parametrize("per_image", [0, 4])
+def test_no_roi_gives_no_region(per_image: int) -> None:
+    inputs = [torch.randn(2 if per_image else 1, 3, 8, 8), torch.zeros(0, 4)]
+    operator = RoiAlign(strides=(4,), size=7, samples=2, aligned=0, per_image=per_image)
+    [regions] = run(operator, [*inputs, torch.zeros(0, dtype=torch.int64)] if per_image else inputs)
     assert regions.shape == (0, 3, 7, 7)
 
 
@@ -126,6 +148,19 @@ def test_one_kernel_serves_all_sizes_and_the_pyramid_is_one_launch() -> None:
     assert launch.arguments[:6] == (*[Buffer("input", index) for index in (0, 1, 1, 1, 1)], Buffer("input", 2))
 
 
+def test_the_places_are_an_input_of_their_own() -> None:
+    operator = RoiAlign(strides=(4,), size=7, samples=2, aligned=0, per_image=100)
+    unknown = [TensorSpec((None, 8, None, None), "float16"), TensorSpec((None, 4), "float32"), TensorSpec((None,), "int64")]
+    known = [TensorSpec((2, 8, 40, 60), "float16"), TensorSpec((9, 4), "float32"), TensorSpec((9,), "int64")]
+    operator.check_inputs(unknown)
+    assert operator.output_shapes([["B", 8, "H", "W"], ["n", 4], ["n"]]) == [["n", 8, 7, 7]]
+    for specs, places in [(known, Buffer("input", 2)), (known[:2], Buffer("input", 1))]:
+        operator.check_inputs(specs)
+        [launch] = operator.launches(specs, [TensorSpec((9, 8, 7, 7), "float16")])
+        assert launch.kernel in operator.kernels(unknown[: len(specs)])
+        assert launch.arguments[5:8] == (Buffer("input", 1), places, Buffer("output", 0))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -135,6 +170,7 @@ def test_one_kernel_serves_all_sizes_and_the_pyramid_is_one_launch() -> None:
         ({"samples": 0}, "samples"),
         ({"aligned": 2}, "aligned"),
         ({"strides": (4, 8)}, "canonical_size"),
+        ({"per_image": -1}, "per_image"),
     ],
 )
 def test_wrong_attributes_are_refused(change: dict[str, Any], message: str) -> None:
@@ -161,3 +197,21 @@ ROIS = TensorSpec((None, 4), "float32")
 def test_wrong_inputs_are_refused(inputs: list[TensorSpec], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RoiAlign(strides=(4, 8), size=7, samples=2, aligned=1, canonical_size=224.0).check_inputs(inputs)
+
+
+MAPS = TensorSpec((2, 8, 4, 4), "float32")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([MAPS, FEATURE, ROIS], r"map 1 is \(1, 8, 4, 4\); give \[B, C, H, W\], with the same B"),
+        ([MAPS, MAPS], "2 inputs; 2 strides ask for 2 maps, then the RoIs and, if"),
+        ([MAPS, MAPS, ROIS, ROIS], "the places are"),
+        ([MAPS, MAPS, ROIS, TensorSpec((None,), "int32")], "the places are .* int32"),
+        ([MAPS, MAPS, TensorSpec((3, 4), "float32"), TensorSpec((2,), "int64")], r"the places are \(2,\) int64 of RoIs \(3, 4\)"),
+    ],
+)
+def test_wrong_inputs_of_several_images_are_refused(inputs: list[TensorSpec], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RoiAlign(strides=(4, 8), size=7, samples=2, aligned=1, canonical_size=224.0, per_image=3).check_inputs(inputs)

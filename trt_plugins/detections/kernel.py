@@ -22,10 +22,14 @@ def score_classes(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Softmax of `class_logits [rows, 1 + CLASSES]` -> candidates `[rows, CLASSES]`; grid (blocks of ROWS).
+    """Softmax of `class_logits [B, rows, 1 + CLASSES]` -> candidates `[B, rows, CLASSES]`; grid (blocks of ROWS, B).
 
-    EMPTY are rows from `count [1]` on and scores that are not above both thresholds. Column 0 is the background.
+    EMPTY are an image's rows from its `count [B]` on and scores that are not above both thresholds. Column 0 is the background.
     """
+    image = tl.program_id(1)
+    class_logits += image.to(tl.int64) * rows * (CLASSES + 1)
+    keys += image.to(tl.int64) * rows * CLASSES
+    indices += image.to(tl.int64) * rows * CLASSES
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column <= CLASSES)[None, :]
@@ -35,7 +39,7 @@ def score_classes(
     score = exponential / tl.where(row < rows, tl.sum(exponential, axis=1), 1.0)[:, None]
 
     least = tl.maximum(tl.load(min_score), score_threshold)
-    counts = (row < tl.load(count))[:, None] & (score > least)
+    counts = (row < tl.load(count + image))[:, None] & (score > least)
     places = row[:, None] * CLASSES + column[None, :] - 1
     foreground = inside & (column > 0)[None, :]
     tl.store(keys + places, tl.where(counts, score_key(score), EMPTY), mask=foreground)
@@ -53,16 +57,26 @@ def decode_detections(
     best_indices,
     canvas_height,
     canvas_width,
+    rows,
     candidates,
     k,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
-    """Sort `keys` and `indices [candidates]`, and decode the k best: `boxes [4, k]`, `best_keys [k]`, `best_indices [k]`.
+    """Sort `keys` and `indices [B, candidates]`, and decode the k best: `boxes [B, 4, k]`, `best_keys [B, k]`, `best_indices [B, k]`.
 
-    Deltas are `[rows, 4 (1 + CLASSES)]`, with torchvision's weights (10, 10, 5, 5). Boxes of EMPTY candidates are 0.
+    Deltas are `[B, rows, 4 (1 + CLASSES)]`, with torchvision's weights (10, 10, 5, 5). Boxes of EMPTY candidates are 0. Grid (blocks of
+    candidates, B).
     """
+    image = tl.program_id(1)
+    box_deltas += image.to(tl.int64) * rows * (4 * (CLASSES + 1))
+    proposals += image * rows * 4
+    keys += image * candidates
+    indices += image * candidates
+    boxes += image * 4 * k
+    best_keys += image * k
+    best_indices += image * k
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < candidates
     key = tl.load(keys + place, mask=inside, other=EMPTY)
@@ -111,10 +125,23 @@ def fill_slots(
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
-    """The best of `kept_keys [k]` into `detections` slots, best first; empty ones have box and score 0 and label -1.
+    """The best of an image's `kept_keys [B, k]` into its `detections` slots, best first; empty ones have box and score 0 and label -1.
 
-    `slots [n]` are those filled. Grid (blocks of max(k, detections)).
+    `slots [n]` are those filled, of one image after the other. Grid (blocks of max(k, detections), B).
     """
+    image = tl.program_id(1)
+    boxes += image * 4 * k
+    best_indices += image * k
+    kept_keys += image * k
+    first = image * detections
+    slot_boxes += first * 4
+    scores += first
+    labels += first
+    # Every program counts those of the images before its own: there are few.
+    before = tl.full((), 0, tl.int32)
+    for start in range(0, image, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        before += tl.sum(tl.minimum(tl.load(kept_counts + other, mask=other < image, other=0), detections))
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(kept_keys + place, mask=place < k, other=EMPTY)
     slot = rank(kept_keys, k, place, key, COMPARED)
@@ -128,6 +155,6 @@ def fill_slots(
     label = tl.load(best_indices + place, mask=filled, other=0) % CLASSES
     tl.store(scores + slot, tl.where(filled, key_score(key), 0.0), mask=inside)
     tl.store(labels + slot, tl.where(filled, label, -1).to(tl.int64), mask=inside)
-    tl.store(slots + slot, slot.to(tl.int64), mask=filled)
-    if tl.program_id(0) == 0:
-        tl.store(n, tl.minimum(tl.load(kept_counts), detections).to(tl.int64))
+    tl.store(slots + before + slot, (first + slot).to(tl.int64), mask=filled)
+    if (tl.program_id(0) == 0) & (image == tl.num_programs(1) - 1):
+        tl.store(n, (before + tl.minimum(tl.load(kept_counts + image), detections)).to(tl.int64))

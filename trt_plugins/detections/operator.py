@@ -16,6 +16,9 @@ from trt_plugins.operator import (
     Operator,
     TensorSpec,
     Workspace,
+    alike,
+    canvas_of,
+    times,
 )
 from trt_plugins.selection.selection import COMPARED_BLOCK, LARGEST_K, RANKED_BLOCK, Selection, power_of_two
 
@@ -28,20 +31,23 @@ SCORE_ITEMS = 512
 
 
 class Detections(Operator):
-    """The detections of one image in K slots, as `dynamask.inference.select_detections` finds them.
+    """The detections of each image in K = `detections` slots, as `dynamask.inference.select_detections` finds them.
 
-    Inputs are `class_logits [P, C + 1]` and `box_deltas [P, 4 (C + 1)]`, both fp32 or both fp16, background first;
-    `proposals [P, 4] float32`, xyxy in pixels of the canvas, of which the first `count [1] int32` count; and `min_score [] float32`.
+    Inputs are `class_logits [B P, C + 1]` and `box_deltas [B P, 4 (C + 1)]`, both fp32 or both fp16, background first, P = `proposals` rows
+    an image; `proposals [B P, 4] float32`, xyxy in pixels of the canvas, of which each image's first `count [B] int32` count;
+    `min_score [] float32`; and a map `[B, any, H, W]`, fp32 or fp16, that covers the canvas with `stride` pixels a cell and is not read.
 
-    Of the scores (softmax) above both `score_threshold` and `min_score`, the 10 K highest are decoded (weights 10, 10, 5, 5), clipped to
-    the canvas and go through NMS within their class, all in fp32; the best K of those kept are `boxes [K, 4]` and `scores [K]`, float32
-    by falling score, and `labels [K] int64`, from 0. An empty slot has box and score 0 and label -1; `slots [n] int64` are the filled
-    ones and `n []` their number. Of equal scores the lower proposal counts as the higher, then the lower class.
+    Of an image's scores (softmax) above both `score_threshold` and `min_score`, the 10 K highest are decoded (weights 10, 10, 5, 5),
+    clipped to the canvas and go through NMS within their class, all in fp32; the best K of those kept are its rows of `boxes [B K, 4]` and
+    `scores [B K]`, float32 by falling score, and of `labels [B K] int64`, from 0. An empty slot has box and score 0 and label -1;
+    `slots [n] int64` are the filled rows, rising, and `n []` their number. Of equal scores the lower proposal counts as the higher, then
+    the lower class.
     """
 
     name = "Detections"
     attributes = (
-        Attribute("canvas", "ints"),
+        Attribute("proposals", "int"),
+        Attribute("stride", "int"),
         Attribute("detections", "int"),
         Attribute("score_threshold", "float"),
         Attribute("nms_threshold", "float"),
@@ -52,11 +58,11 @@ class Detections(Operator):
         """Refuse values that make no sense together.
 
         Raises:
-            InputError: a canvas without two positive sides, a number of detections out of range, a negative score threshold.
+            InputError: a number of proposals or a stride below 1, a number of detections out of range, a negative score threshold.
         """
-        canvas = self.values["canvas"]
-        if len(canvas) != 2 or min(canvas) < 1:
-            raise self.refuse(f"canvas is {list(canvas)}; give height and width in pixels")
+        for name in ("proposals", "stride"):
+            if self.values[name] < 1:
+                raise self.refuse(f"{name} is {self.values[name]}; give 1 or more")
         if not 1 <= self.values["detections"] <= LARGEST_K // CANDIDATES:
             raise self.refuse(f"detections is {self.values['detections']}; give 1 to {LARGEST_K // CANDIDATES}")
         if not self.values["score_threshold"] >= 0:
@@ -68,22 +74,34 @@ class Detections(Operator):
         Raises:
             InputError: names the node and the input.
         """
-        if len(inputs) != 5:
-            raise self.refuse(f"it has {len(inputs)} inputs; give class logits, box deltas, proposals, count and min_score")
-        logits = inputs[0]
-        if len(logits.shape) != 2 or not logits.shape[0] or not 2 <= (logits.shape[1] or 0) <= MOST_CLASSES + 1:
-            raise self.refuse(f"the class logits are {logits.shape}; give [P, C + 1], both known, with 1 to {MOST_CLASSES} classes")
+        if len(inputs) != 6:
+            raise self.refuse(f"it has {len(inputs)} inputs; give class logits, box deltas, proposals, count, min_score and a map")
+        logits, *middle, feature = inputs
+        each = self.values["proposals"]
+        if len(logits.shape) != 2 or not 2 <= (logits.shape[1] or 0) <= MOST_CLASSES + 1:
+            raise self.refuse(f"the class logits are {logits.shape}; give [B P, C + 1], C known, with 1 to {MOST_CLASSES} classes")
         if logits.dtype not in ("float32", "float16"):
             raise self.refuse(f"the class logits are {logits.dtype}; give float32 or float16")
-        rows, columns = logits.size(0), logits.size(1)
-        expected: list[tuple[str, tuple[int, ...], DType]] = [
+        if len(feature.shape) != 4 or feature.dtype not in ("float32", "float16"):
+            raise self.refuse(f"the map is {feature.shape} {feature.dtype}; give [B, any, H, W] float32 or float16")
+        images, columns = feature.shape[0], logits.size(1)
+        rows = logits.shape[0] if images is None else images * each
+        if not alike(logits.shape[0], rows) or (rows is not None and (rows < each or rows % each)):
+            raise self.refuse(f"the class logits are {logits.shape}; with a map {feature.shape} give {each} rows an image")
+        images = None if rows is None else rows // each
+        expected: list[tuple[str, tuple[int | None, ...], DType]] = [
             ("the box deltas", (rows, 4 * columns), logits.dtype),
             ("the proposals", (rows, 4), "float32"),
-            ("count", (1,), "int32"),
+            ("count", (images,), "int32"),
             ("min_score", (), "float32"),
         ]
-        for spec, (what, shape, dtype) in zip(inputs[1:], expected, strict=True):
-            if spec.shape != shape or spec.dtype != dtype:
+        for spec, (what, shape, dtype) in zip(middle, expected, strict=True):
+            if (
+                len(spec.shape) != len(shape)
+                or not all(map(alike, spec.shape, shape))
+                or spec.shape[1:] != shape[1:]
+                or spec.dtype != dtype
+            ):
                 raise self.refuse(f"{what}: given {spec.shape} {spec.dtype}; with these class logits it must be {shape} {dtype}")
 
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
@@ -91,21 +109,22 @@ class Detections(Operator):
         return ["float32", "float32", "int64", "int64", "int64"]
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """`[K, 4]`, `[K]`, `[K]`, `[n]` with n at most K, and n itself."""
-        slots = self.values["detections"]
+        """`[B K, 4]`, `[B K]`, `[B K]`, `[n]` with n at most B K, and n itself."""
+        slots = times(inputs[-1][0], self.values["detections"])
         return [[slots, 4], [slots], [slots], [DataDependent(4, slots)], []]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """Five, or six where many scores are narrowed down first."""
-        return [self._score(inputs), self._decode(inputs), *self._selection(inputs).kernels(), self._fill(inputs)]
+        """Six, whatever the canvas and the number of images; where scores are few, one of them is not launched."""
+        return [self._score(inputs), self._decode(inputs), *self._selection(inputs, images=1).kernels(), self._fill(inputs)]
 
     def workspace(self, inputs: Sequence[TensorSpec]) -> Workspace:
-        """Candidates, the best of them, and which of these overlap."""
-        return self._selection(inputs).workspace
+        """Candidates of each image, the best of them, and which of these overlap."""
+        return self._selection(inputs, inputs[-1].size(0)).workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
         """Score, narrow down, sort and decode, thin out, fill the slots."""
-        selection, (rows, columns), slots = self._selection(inputs), [inputs[0].size(axis) for axis in (0, 1)], self.values["detections"]
+        rows, slots, columns, images = self.values["proposals"], self.values["detections"], inputs[0].size(1), inputs[-1].size(0)
+        selection, canvas = self._selection(inputs, images), canvas_of(inputs[-1], self.values["stride"])
         logits, deltas, proposals, count, min_score = (Buffer("input", index) for index in range(5))
         written = (Buffer("output", index) for index in range(5))
         keys, indices, candidates = selection.ranked
@@ -113,27 +132,27 @@ class Detections(Operator):
         return [
             Launch(
                 self._score(inputs),
-                (-(-rows // _scored_rows(columns)), 1, 1),
+                (-(-rows // _scored_rows(columns)), images, 1),
                 (logits, count, min_score, *selection.entries, rows, self.values["score_threshold"]),
             ),
             *selection.narrow(),
             Launch(
                 self._decode(inputs),
-                (-(-candidates // RANKED_BLOCK), 1, 1),
-                (deltas, proposals, keys, indices, boxes, best_keys, best_indices, *self.values["canvas"], candidates, selection.k),
+                (-(-candidates // RANKED_BLOCK), images, 1),
+                (deltas, proposals, keys, indices, boxes, best_keys, best_indices, *canvas, rows, candidates, selection.k),
             ),
             *selection.thin_out(self.values["nms_threshold"]),
             Launch(
                 self._fill(inputs),
-                (-(-max(selection.k, slots) // RANKED_BLOCK), 1, 1),
+                (-(-max(selection.k, slots) // RANKED_BLOCK), images, 1),
                 (boxes, best_indices, selection.part("kept_keys"), selection.part("kept_counts"), *written, selection.k, slots),
             ),
         ]
 
-    def _selection(self, inputs: Sequence[TensorSpec]) -> Selection:
+    def _selection(self, inputs: Sequence[TensorSpec], images: int) -> Selection:
         classes = inputs[0].size(1) - 1
-        scores = inputs[0].size(0) * classes
-        return Selection(rows=1, width=scores, k=min(CANDIDATES * self.values["detections"], scores), groups=classes)
+        scores = self.values["proposals"] * classes
+        return Selection(rows=images, width=scores, k=min(CANDIDATES * self.values["detections"], scores), groups=classes)
 
     def _score(self, inputs: Sequence[TensorSpec]) -> KernelSpec:
         columns = inputs[0].size(1)
@@ -152,7 +171,7 @@ class Detections(Operator):
     def _decode(self, inputs: Sequence[TensorSpec]) -> KernelSpec:
         signature = [("box_deltas", "*" + TRITON_TYPES[inputs[1].dtype]), ("proposals", "*fp32"), ("keys", "*i32"), ("indices", "*i32")]
         signature += [("boxes", "*fp32"), ("best_keys", "*i32"), ("best_indices", "*i32")]
-        signature += [(name, "i32") for name in ("canvas_height", "canvas_width", "candidates", "k")]
+        signature += [(name, "i32") for name in ("canvas_height", "canvas_width", "rows", "candidates", "k")]
         return KernelSpec(KERNELS, "decode_detections", tuple(signature), self._ranking(inputs))
 
     def _fill(self, inputs: Sequence[TensorSpec]) -> KernelSpec:

@@ -1,4 +1,4 @@
-"""Detections in PyTorch, with torchvision's box coder and NMS."""
+"""Detections in PyTorch, image by image, with torchvision's box coder and NMS."""
 
 from __future__ import annotations
 
@@ -11,28 +11,50 @@ from torchvision.ops import clip_boxes_to_image, nms
 def detect(
     class_logits: Tensor,
     box_deltas: Tensor,
-    proposals: Tensor,
+    boxes: Tensor,
     count: Tensor,
     min_score: Tensor,
-    canvas: tuple[int, int],
+    feature: Tensor,
+    proposals: int,
+    stride: int,
     detections: int,
     score_threshold: float,
     nms_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Class logits `[P, C + 1]`, box deltas `[P, 4 (C + 1)]`, proposals `[P, 4]`, `[1]`, `[]` -> boxes `[K, 4]`, scores `[K]`,
-    labels `[K]`, slots `[n]` and n `[]`."""
-    rows, classes = int(count), class_logits.shape[1] - 1
-    score = torch.softmax(class_logits[:rows].float(), dim=-1)[:, 1:].reshape(-1)
-    boxes = BoxCoder((10.0, 10.0, 5.0, 5.0)).decode_single(box_deltas[:rows].float(), proposals[:rows])
+    """Class logits `[B P, C + 1]`, box deltas `[B P, 4 (C + 1)]`, proposals' boxes `[B P, 4]`, `[B]`, `[]` and a map `[B, any, H, W]` ->
+    boxes `[B K, 4]`, scores `[B K]`, labels `[B K]`, slots `[n]` and n `[]`."""
+    canvas, images = (feature.shape[2] * stride, feature.shape[3] * stride), len(feature)
+    least = max(float(min_score), score_threshold)
+    slot_boxes, scores = torch.zeros(images, detections, 4), torch.zeros(images, detections)
+    labels = torch.full((images, detections), -1)
+    for image, rows in enumerate(count.tolist()):
+        own = slice(image * proposals, image * proposals + rows)
+        found = _of_image(class_logits[own], box_deltas[own], boxes[own], canvas, detections, least, nms_threshold)
+        for slot, each in zip((slot_boxes, scores, labels), found, strict=True):
+            slot[image, : len(each)] = each
+    slots = torch.nonzero(labels.flatten() >= 0)[:, 0]
+    return slot_boxes.flatten(0, 1), scores.flatten(), labels.flatten(), slots, torch.tensor(len(slots))
+
+
+def _of_image(
+    class_logits: Tensor,
+    box_deltas: Tensor,
+    boxes: Tensor,
+    canvas: tuple[int, int],
+    detections: int,
+    least: float,
+    nms_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes `[n, 4]`, scores `[n]` and labels `[n]` of what an image shows, best first."""
+    rows, classes = len(class_logits), class_logits.shape[1] - 1
+    score = torch.softmax(class_logits.float(), dim=-1)[:, 1:].reshape(-1)
+    boxes = BoxCoder((10.0, 10.0, 5.0, 5.0)).decode_single(box_deltas.float(), boxes)
     boxes = clip_boxes_to_image(boxes.view(rows, classes + 1, 4)[:, 1:].reshape(-1, 4), canvas)
     best = score.sort(descending=True, stable=True).indices[: 10 * detections]
-    best = best[score[best] > max(float(min_score), score_threshold)]
+    best = best[score[best] > least]
     keep = torch.zeros(len(best), dtype=torch.bool)
     for label in range(classes):
         places = torch.nonzero(best % classes == label)[:, 0]
         keep[places[nms(boxes[best[places]], score[best[places]], nms_threshold)]] = True
     best = best[keep][:detections]
-    filled = len(best)
-    slot_boxes, scores, labels = torch.zeros(detections, 4), torch.zeros(detections), torch.full((detections,), -1)
-    slot_boxes[:filled], scores[:filled], labels[:filled] = boxes[best], score[best], best % classes
-    return slot_boxes, scores, labels, torch.arange(filled), torch.tensor(filled)
+    return boxes[best], score[best], best % classes

@@ -34,8 +34,8 @@ def msm_route(
     m2,
     m3,
     n,
-    DETECTIONS: tl.constexpr,
-    CANVAS_AREA: tl.constexpr,
+    slot_count,
+    canvas_area,
     COST0: tl.constexpr,
     COST1: tl.constexpr,
     COST2: tl.constexpr,
@@ -43,7 +43,7 @@ def msm_route(
     BLOCK_N: tl.constexpr,
     BLOCK_LAMBDAS: tl.constexpr,
 ):
-    """Everything of the operator, for n <= DETECTIONS <= BLOCK_N instances, in fp32."""
+    """Everything of the operator, for n <= slot_count <= BLOCK_N instances, in fp32."""
     i = tl.arange(0, BLOCK_N)
     listed = i < n
     p0, p1, p2, p3 = _log_probabilities(logits, i, listed)
@@ -79,11 +79,11 @@ def msm_route(
                 least = tl.minimum(least, tl.where((j < n) & (mean_cost <= ceiling), lambdas, beyond))
         penalty = tl.min(least)
     grid = _argmax(p0, p1, p2, p3, penalty, COST0, COST1, COST2, COST3)
-    grid = tl.where(wish == 4, _size_based(boxes, i, listed, CANVAS_AREA), grid)
+    grid = tl.where(wish == 4, _size_based(boxes, i, listed, canvas_area), grid)
     grid = tl.where((wish >= 0) & (wish < 4), wish.to(tl.int32), grid)
 
     slot = tl.load(slots + i, mask=listed, other=0)
-    tl.store(grids + i, tl.full([BLOCK_N], -1, tl.int64), mask=i < DETECTIONS)
+    tl.store(grids + i, tl.full([BLOCK_N], -1, tl.int64), mask=i < slot_count)
     # Slots that are listed are written twice, by different threads: first all -1, then the grids.
     tl.debug_barrier()
     tl.store(grids + slot, grid.to(tl.int64), mask=listed)
@@ -158,13 +158,13 @@ def _dearest_indifference(p0, p1, p2, p3, COST0: tl.constexpr, COST1: tl.constex
 
 
 @triton.jit
-def _size_based(boxes, rows, listed, CANVAS_AREA: tl.constexpr):
+def _size_based(boxes, rows, listed, canvas_area):
     """The size-based rule (Eq. 8) of boxes, each step rounded as in dynamask.msm: sides that are powers of two are common."""
     left = tl.load(boxes + 4 * rows, mask=listed, other=0.0)
     top = tl.load(boxes + 4 * rows + 1, mask=listed, other=0.0)
     right = tl.load(boxes + 4 * rows + 2, mask=listed, other=0.0)
     bottom = tl.load(boxes + 4 * rows + 3, mask=listed, other=0.0)
-    side = tl.sqrt_rn(tl.div_rn(tl.maximum((right - left) * (bottom - top), 0.0), CANVAS_AREA))
+    side = tl.sqrt_rn(tl.div_rn(tl.maximum((right - left) * (bottom - top), 0.0), canvas_area))
     grid = tl.floor(4.0 + tl.log2(tl.maximum(side, 1e-6)))
     return tl.clamp(grid, 0.0, 3.0).to(tl.int32)
 

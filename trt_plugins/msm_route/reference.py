@@ -14,18 +14,21 @@ def msm_route(
     boxes: Tensor,
     override: Tensor,
     slots: Tensor,
-    budget: float,
-    canvas: tuple[int, int],
+    budget: Tensor,
+    feature: Tensor,
+    stride: int,
     detections: int,
     costs: Sequence[float],
 ) -> list[Tensor]:
-    """The outputs of `MsmRoute`, in their order, from its inputs and attributes."""
+    """The outputs of `MsmRoute`, in their order, from its inputs and attributes; how many images a run may have decides nothing."""
+    canvas = (feature.shape[2] * stride, feature.shape[3] * stride)
     areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
     sides = torch.sqrt(areas / float(canvas[0] * canvas[1])).clamp(min=1e-6)
     size_based = torch.floor(4 + torch.log2(sides)).clamp(0, 3).long()
-    grids = torch.where(override == 4, size_based, routed_grids(torch.log_softmax(logits.float(), -1), override == -1, budget, costs))
+    routed = routed_grids(torch.log_softmax(logits.float(), -1), override == -1, float(budget), costs)
+    grids = torch.where(override == 4, size_based, routed)
     grids = torch.where((override >= 0) & (override < 4), override, grids)
-    return [torch.full((detections,), -1).scatter(0, slots, grids), *stage_lists(grids, slots)]
+    return [torch.full((len(feature) * detections,), -1).scatter(0, slots, grids), *stage_lists(grids, slots)]
 
 
 def routed_grids(log_probabilities: Tensor, free: Tensor, budget: float, costs: Sequence[float]) -> Tensor:

@@ -1,4 +1,7 @@
-"""Kernels of Proposals: from the RPN's maps to candidates, from the best of them to boxes, from those kept on all levels to proposals."""
+"""Kernels of Proposals: from the RPN's maps to candidates, from the best of them to boxes, from those kept on all levels to proposals.
+
+Rows of candidates are the levels of the first image, then those of the next.
+"""
 
 # mypy: ignore-errors
 # Triton's language is untyped.
@@ -6,15 +9,8 @@
 import triton
 import triton.language as tl
 
+from trt_plugins.levels import of_level
 from trt_plugins.selection.kernel import EMPTY, best_places, decode, load_box, rank, score_key
-
-
-@triton.jit
-def _of_level(level, v0, v1, v2, v3, v4):
-    value = tl.where(level == 1, v1, v0)
-    value = tl.where(level == 2, v2, value)
-    value = tl.where(level == 3, v3, value)
-    return tl.where(level == 4, v4, value)
 
 
 @triton.jit
@@ -35,14 +31,14 @@ def select_anchors(
     ANCHORS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The k best of each CHUNK of a level's anchors: maps `[ANCHORS, cells_l]` -> candidates `[5, chunks * k]`; grid (chunks, 5).
+    """The k best of each CHUNK of a level's anchors: maps `[B, ANCHORS, cells_l]` -> candidates `[5 B, chunks * k]`; grid (chunks, 5, B).
 
     An anchor's index is its place in the order (y, x, anchor). A chunk beyond its level's anchors gives k EMPTY places.
     """
-    level = tl.program_id(1)
-    logits = _of_level(level, logits0, logits1, logits2, logits3, logits4)
-    cells = _of_level(level, cells0, cells1, cells2, cells3, cells4)
-    target = (level * tl.num_programs(0) + tl.program_id(0)) * k
+    level, image = tl.program_id(1), tl.program_id(2)
+    cells = of_level(level, cells0, cells1, cells2, cells3, cells4)
+    logits = of_level(level, logits0, logits1, logits2, logits3, logits4) + image.to(tl.int64) * (ANCHORS * cells)
+    target = ((image * tl.num_programs(1) + level) * tl.num_programs(0) + tl.program_id(0)) * k
     index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     if tl.program_id(0) * CHUNK < cells * ANCHORS:
         inside = index < cells * ANCHORS
@@ -86,30 +82,31 @@ def decode_anchors(
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
-    """Sort `keys` and `indices [5, candidates]`, and decode the k best of each level: `boxes [5, 4, k]`, `best_keys [5, k]`.
+    """Sort `keys` and `indices [5 B, candidates]`, and decode the k best of each level: `boxes [5 B, 4, k]`, `best_keys [5 B, k]`.
 
     Anchors are torchvision's: the level's cell anchor `anchors [5, ANCHORS, 4]`, shifted by the cell's place times canvas // map, in
-    whole pixels. Boxes of EMPTY candidates are 0. Grid (blocks of candidates, 5).
+    whole pixels. Boxes of EMPTY candidates are 0. Grid (blocks of candidates, 5, B).
     """
-    level = tl.program_id(1)
-    deltas = _of_level(level, deltas0, deltas1, deltas2, deltas3, deltas4)
-    height = _of_level(level, height0, height1, height2, height3, height4)
-    width = _of_level(level, width0, width1, width2, width3, width4)
+    level, image = tl.program_id(1), tl.program_id(2)
+    row = image * tl.num_programs(1) + level
+    height = of_level(level, height0, height1, height2, height3, height4)
+    width = of_level(level, width0, width1, width2, width3, width4)
+    plane = height * width
+    deltas = of_level(level, deltas0, deltas1, deltas2, deltas3, deltas4) + image.to(tl.int64) * (4 * ANCHORS * plane)
 
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = place < candidates
-    key = tl.load(keys + level * candidates + place, mask=inside, other=EMPTY)
-    sorted_place = rank(keys + level * candidates, candidates, place, key, COMPARED)
+    key = tl.load(keys + row * candidates + place, mask=inside, other=EMPTY)
+    sorted_place = rank(keys + row * candidates, candidates, place, key, COMPARED)
     best = inside & (sorted_place < k)
-    tl.store(best_keys + level * k + sorted_place, key, mask=best)
+    tl.store(best_keys + row * k + sorted_place, key, mask=best)
 
     real = best & (key != EMPTY)
-    index = tl.load(indices + level * candidates + place, mask=real, other=0)
+    index = tl.load(indices + row * candidates + place, mask=real, other=0)
     kind, cell = index % ANCHORS, index // ANCHORS
     anchor = anchors + (level * ANCHORS + kind) * 4
     shift_x = (cell % width * (canvas_width // width)).to(tl.float32)
     shift_y = (cell // width * (canvas_height // height)).to(tl.float32)
-    plane = height * width
     delta = deltas + kind * 4 * plane + cell
     left, top, right, bottom = decode(
         tl.load(anchor, mask=real, other=0.0) + shift_x,
@@ -123,7 +120,7 @@ def decode_anchors(
         canvas_height.to(tl.float32),
         canvas_width.to(tl.float32),
     )
-    box = boxes + level * 4 * k + sorted_place
+    box = boxes + row * 4 * k + sorted_place
     tl.store(box, left, mask=best)
     tl.store(box + k, top, mask=best)
     tl.store(box + 2 * k, right, mask=best)
@@ -143,10 +140,14 @@ def merge_levels(
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
-    """The `limit` best of those kept on all levels, `kept_keys [LEVELS, k]` -> `proposals [limit, 4]`, 0 from `count [1]` on.
+    """The `limit` best of an image's kept on all levels, `kept_keys [B, LEVELS, k]` -> `proposals [B, limit, 4]`, 0 from `count [B]` on.
 
-    Grid (blocks of max(LEVELS * k, limit)).
+    Grid (blocks of max(LEVELS * k, limit), B).
     """
+    image = tl.program_id(1)
+    kept_keys += image * LEVELS * k
+    boxes += image * LEVELS * 4 * k
+    proposals += image * limit * 4
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(kept_keys + place, mask=place < LEVELS * k, other=EMPTY)
     row = rank(kept_keys, LEVELS * k, place, key, COMPARED)
@@ -158,5 +159,5 @@ def merge_levels(
     tl.store(proposals + row * 4 + 3, bottom, mask=inside)
     if tl.program_id(0) == 0:
         level = tl.arange(0, 8)
-        kept = tl.sum(tl.load(kept_counts + level, mask=level < LEVELS, other=0))
-        tl.store(count, tl.minimum(kept, limit))
+        kept = tl.sum(tl.load(kept_counts + image * LEVELS + level, mask=level < LEVELS, other=0))
+        tl.store(count + image, tl.minimum(kept, limit))

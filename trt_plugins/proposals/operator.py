@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, Workspace
+from trt_plugins.operator import (
+    TRITON_TYPES,
+    Attribute,
+    Buffer,
+    DType,
+    KernelSpec,
+    Launch,
+    Operator,
+    TensorSpec,
+    Workspace,
+    alike,
+    canvas_of,
+    times,
+)
 from trt_plugins.selection.selection import COMPARED_BLOCK, LARGEST_K, RANKED_BLOCK, Selection, chunk, chunk_warps, chunks
 
 KERNELS = "trt_plugins.proposals.kernel"
@@ -13,20 +27,21 @@ LEVELS = 5
 
 
 class Proposals(Operator):
-    """The RPN's proposals of one image (Ren et al., NeurIPS 2015), as `dynamask.inference.select_proposals` finds them.
+    """The RPN's proposals of each image (Ren et al., NeurIPS 2015), as `dynamask.inference.select_proposals` finds them.
 
-    Inputs are the logits `[1, A, H_l, W_l]` of five levels, their deltas `[1, 4 A, H_l, W_l]`, all fp32 or all fp16, and the levels' cell
-    anchors `[5, A, 4] float32` (torchvision's `AnchorGenerator.cell_anchors`), xyxy in pixels of the canvas. A level's map is the canvas
-    over its stride, rounded up; its anchors are canvas // map pixels apart, as torchvision has them.
+    Inputs are the logits `[B, A, H_l, W_l]` of five levels, their deltas `[B, 4 A, H_l, W_l]`, all fp32 or all fp16, and the levels' cell
+    anchors `[5, A, 4] float32` (torchvision's `AnchorGenerator.cell_anchors`), xyxy in pixels of the canvas. The canvas is the first
+    level's map times its stride, and every map the canvas over its own stride, rounded up; anchors are canvas // map pixels apart, as
+    torchvision has them.
 
-    On each level the `per_level` anchors with the highest logits are decoded (weights 1), clipped to the canvas and go through NMS, all
-    in fp32; the best `proposals` of those kept are `proposals [P, 4] float32`, xyxy by falling logit, and 0 in the rows from
-    `count [1] int32` on. Of equal logits the lower level counts as the higher, then the lower place in the order (y, x, anchor).
+    On each level of an image the `per_level` anchors with the highest logits are decoded (weights 1), clipped to the canvas and go through
+    NMS, all in fp32; the best P = `proposals` of those kept are the image's rows of `proposals [B P, 4] float32`, xyxy by falling logit,
+    and 0 in the rows from its `count [B] int32` on. Of equal logits the lower level counts as the higher, then the lower place in the
+    order (y, x, anchor).
     """
 
     name = "Proposals"
     attributes = (
-        Attribute("canvas", "ints"),
         Attribute("strides", "ints"),
         Attribute("per_level", "int"),
         Attribute("proposals", "int"),
@@ -38,11 +53,9 @@ class Proposals(Operator):
         """Refuse values that make no sense together.
 
         Raises:
-            InputError: a canvas without two positive sides, not 5 positive strides, a number of boxes out of range.
+            InputError: not 5 positive strides, a number of boxes out of range.
         """
-        canvas, strides = self.values["canvas"], self.values["strides"]
-        if len(canvas) != 2 or min(canvas) < 1:
-            raise self.refuse(f"canvas is {list(canvas)}; give height and width in pixels")
+        strides = self.values["strides"]
         if len(strides) != LEVELS or min(strides) < 1:
             raise self.refuse(f"strides is {list(strides)}; give {LEVELS}, pixels a cell of each level")
         if not 1 <= self.values["per_level"] <= LARGEST_K:
@@ -59,6 +72,7 @@ class Proposals(Operator):
         if len(inputs) != 2 * LEVELS + 1:
             raise self.refuse(f"it has {len(inputs)} inputs; give {LEVELS} logits, {LEVELS} deltas and the anchors")
         *maps, anchors = inputs
+        strides = self.values["strides"]
         if len(anchors.shape) != 3 or anchors.shape[0] != LEVELS or anchors.shape[2] != 4 or anchors.dtype != "float32":
             raise self.refuse(f"the anchors are {anchors.shape} {anchors.dtype}; give [{LEVELS}, A, 4] float32")
         if not anchors.shape[1]:
@@ -66,9 +80,10 @@ class Proposals(Operator):
         for index, spec in enumerate(maps):
             kind, level = ("logits", "deltas")[index // LEVELS], index % LEVELS
             channels = anchors.shape[1] * (4 if kind == "deltas" else 1)
-            size = [-(-side // self.values["strides"][level]) for side in self.values["canvas"]]
-            if spec.shape != (1, channels, *size):
-                raise self.refuse(f"{kind} of level {level} are {spec.shape}; canvas, strides and anchors ask for {(1, channels, *size)}")
+            sides = [None if side is None else -(-side * strides[0] // strides[level]) for side in maps[0].shape[2:]]
+            wanted = (maps[0].shape[0], channels, *sides)
+            if len(spec.shape) != 4 or spec.shape[1] != channels or not all(map(alike, spec.shape, wanted)):
+                raise self.refuse(f"{kind} of level {level} are {spec.shape}; the first map, strides and anchors ask for {wanted}")
             if spec.dtype not in ("float32", "float16") or spec.dtype != maps[0].dtype:
                 raise self.refuse(f"{kind} of level {level} are {spec.dtype}; give float32 or float16, the same for all maps")
 
@@ -77,20 +92,23 @@ class Proposals(Operator):
         return ["float32", "int32"]
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """`[P, 4]` and `[1]`."""
-        return [[self.values["proposals"], 4], [1]]
+        """`[B P, 4]` and `[B]`."""
+        images = inputs[0][0]
+        return [[times(images, self.values["proposals"]), 4], [images]]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """Five, or six where large maps are narrowed down in rounds."""
-        return [self._select(inputs), self._decode(inputs), *self._selection(inputs).kernels(), self._merge()]
+        """Six, whatever the sizes of the maps; where these are small, one of them is not launched."""
+        k = self.values["per_level"]
+        return [self._select(inputs), self._decode(inputs), *Selection(LEVELS, k, k, groups=1).kernels(), self._merge()]
 
     def workspace(self, inputs: Sequence[TensorSpec]) -> Workspace:
-        """Candidates, the best of each level, and which of these overlap."""
+        """Candidates, the best of each level of each image, and which of these overlap."""
         return self._selection(inputs).workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
         """Narrow the levels down, sort and decode, thin out, merge the levels."""
-        selection, limit = self._selection(inputs), self.values["proposals"]
+        selection, limit, images = self._selection(inputs), self.values["proposals"], inputs[0].size(0)
+        canvas = canvas_of(inputs[0], self.values["strides"][0])
         logits, deltas = ([Buffer("input", first + level) for level in range(LEVELS)] for first in (0, LEVELS))
         sizes = [spec.size(axis) for spec in inputs[:LEVELS] for axis in (2, 3)]
         cells = [height * width for height, width in zip(sizes[::2], sizes[1::2], strict=True)]
@@ -98,32 +116,35 @@ class Proposals(Operator):
         boxes, best_keys, kept_keys, kept_counts = (selection.part(name) for name in ("boxes", "best_keys", "kept_keys", "kept_counts"))
         maps = (*deltas, Buffer("input", 2 * LEVELS))
         return [
-            Launch(self._select(inputs), (selection.width // selection.k, LEVELS, 1), (*logits, *selection.entries, *cells, selection.k)),
+            Launch(
+                self._select(inputs), (selection.width // selection.k, LEVELS, images), (*logits, *selection.entries, *cells, selection.k)
+            ),
             *selection.narrow(),
             Launch(
                 self._decode(inputs),
-                (-(-candidates // RANKED_BLOCK), LEVELS, 1),
-                (*maps, keys, indices, boxes, best_keys, *sizes, *self.values["canvas"], candidates, selection.k),
+                (-(-candidates // RANKED_BLOCK), LEVELS, images),
+                (*maps, keys, indices, boxes, best_keys, *sizes, *canvas, candidates, selection.k),
             ),
             *selection.thin_out(self.values["nms_threshold"]),
             Launch(
                 self._merge(),
-                (-(-max(LEVELS * selection.k, limit) // RANKED_BLOCK), 1, 1),
+                (-(-max(LEVELS * selection.k, limit) // RANKED_BLOCK), images, 1),
                 (boxes, kept_keys, kept_counts, Buffer("output", 0), Buffer("output", 1), selection.k, limit),
             ),
         ]
 
     def _selection(self, inputs: Sequence[TensorSpec]) -> Selection:
-        anchors = max(spec.items for spec in inputs[:LEVELS])
-        k = min(self.values["per_level"], anchors)
-        return Selection(rows=LEVELS, width=chunks(anchors, k) * k, k=k, groups=1)
+        # A level with fewer anchors than k fills up with EMPTY: kernels do not depend on the canvas.
+        k, images = self.values["per_level"], inputs[0].size(0)
+        anchors = max(math.prod(spec.size(axis) for axis in (1, 2, 3)) for spec in inputs[:LEVELS])
+        return Selection(rows=LEVELS * images, width=chunks(anchors, k) * k, k=k, groups=1)
 
     def _select(self, inputs: Sequence[TensorSpec]) -> KernelSpec:
-        k = self._selection(inputs).k
+        k = self.values["per_level"]
         kind = "*" + TRITON_TYPES[inputs[0].dtype]
         signature = [(f"logits{level}", kind) for level in range(LEVELS)] + [("keys", "*i32"), ("indices", "*i32")]
         signature += [(f"cells{level}", "i32") for level in range(LEVELS)] + [("k", "i32")]
-        constants = (("ANCHORS", inputs[0].size(1)), ("CHUNK", chunk(k)))
+        constants = (("ANCHORS", inputs[-1].size(1)), ("CHUNK", chunk(k)))
         return KernelSpec(KERNELS, "select_anchors", tuple(signature), constants, num_warps=chunk_warps(k))
 
     def _decode(self, inputs: Sequence[TensorSpec]) -> KernelSpec:
@@ -132,7 +153,7 @@ class Proposals(Operator):
         signature += [("boxes", "*fp32"), ("best_keys", "*i32")]
         signature += [(f"{side}{level}", "i32") for level in range(LEVELS) for side in ("height", "width")]
         signature += [(name, "i32") for name in ("canvas_height", "canvas_width", "candidates", "k")]
-        constants = (("ANCHORS", inputs[0].size(1)), ("BLOCK", RANKED_BLOCK), ("COMPARED", COMPARED_BLOCK))
+        constants = (("ANCHORS", inputs[-1].size(1)), ("BLOCK", RANKED_BLOCK), ("COMPARED", COMPARED_BLOCK))
         return KernelSpec(KERNELS, "decode_anchors", tuple(signature), constants)
 
     def _merge(self) -> KernelSpec:

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from trt_plugins.levels import of_level
+
 
 @triton.jit
 def roi_align(
@@ -15,6 +17,7 @@ def roi_align(
     x3,
     x4,
     rois,
+    places,
     regions,
     height0,
     width0,
@@ -26,6 +29,8 @@ def roi_align(
     width3,
     height4,
     width4,
+    PER_IMAGE: tl.constexpr,
+    PLACED: tl.constexpr,
     LEVELS: tl.constexpr,
     SCALE0: tl.constexpr,
     SCALE1: tl.constexpr,
@@ -40,8 +45,9 @@ def roi_align(
     BLOCK_C: tl.constexpr,
     BLOCK_BINS: tl.constexpr,
 ):
-    """`regions [n, CHANNELS, SIZE, SIZE]` of `rois [n, 4]` from `x_l [1, CHANNELS, height_l, width_l]`, l < LEVELS.
+    """`regions [n, CHANNELS, SIZE, SIZE]` of `rois [n, 4]` from `x_l [B, CHANNELS, height_l, width_l]`, l < LEVELS.
 
+    A RoI's image is its place // PER_IMAGE, the first where that is 0; its place is that in `places [n]` if PLACED, else in `rois`.
     The grid is flat: blocks of bins within blocks of channels within RoIs, so that neighbours read the same part of a map.
     """
     BINS: tl.constexpr = SIZE * SIZE
@@ -57,10 +63,10 @@ def roi_align(
     x, height, width, scale = x0, height0, width0, SCALE0
     if LEVELS > 1:
         level = _level(right - left, bottom - top, LEVELS, LOG2_CANONICAL)
-        x = _of_level(level, x0, x1, x2, x3, x4)
-        height = _of_level(level, height0, height1, height2, height3, height4)
-        width = _of_level(level, width0, width1, width2, width3, width4)
-        scale = _of_level(level, SCALE0, SCALE1, SCALE2, SCALE3, SCALE4)
+        x = of_level(level, x0, x1, x2, x3, x4)
+        height = of_level(level, height0, height1, height2, height3, height4)
+        width = of_level(level, width0, width1, width2, width3, width4)
+        scale = of_level(level, SCALE0, SCALE1, SCALE2, SCALE3, SCALE4)
     first_row, row_step = _span(top, bottom, scale, SIZE, ALIGNED)
     first_column, column_step = _span(left, right, scale, SIZE, ALIGNED)
 
@@ -69,6 +75,11 @@ def roi_align(
     inside = (first_channel + channels < CHANNELS)[:, None] & (bins < BINS)[None, :]
     plane = height * width
     planes = x + first_channel.to(tl.int64) * plane + (channels * plane)[:, None]
+    if PER_IMAGE > 0:
+        place = roi
+        if PLACED:
+            place = tl.load(places + roi)
+        planes += (place // PER_IMAGE).to(tl.int64) * CHANNELS * plane
     total = tl.zeros([BLOCK_C, BLOCK_BINS], tl.float32)
     for i in tl.static_range(SAMPLES):
         upper, lower, of_upper, of_lower = _neighbours(first_row, row_step, bins // SIZE, (i + 0.5) / SAMPLES, height)
@@ -90,14 +101,6 @@ def _level(width, height, LEVELS: tl.constexpr, LOG2_CANONICAL: tl.constexpr):
     side = tl.sqrt_rn(tl.maximum(width * height, 1e-6))
     level = tl.floor(4.0 + tl.log2(side) - LOG2_CANONICAL + 1e-6)
     return tl.clamp(level, 2.0, LEVELS + 1.0).to(tl.int32) - 2
-
-
-@triton.jit
-def _of_level(level, v0, v1, v2, v3, v4):
-    value = tl.where(level == 1, v1, v0)
-    value = tl.where(level == 2, v2, value)
-    value = tl.where(level == 3, v3, value)
-    return tl.where(level == 4, v4, value)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec
+from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, alike
 
 MOST_LEVELS = 5
 BLOCK_BINS, BLOCK_ITEMS = 32, 512
@@ -14,10 +14,13 @@ BLOCK_BINS, BLOCK_ITEMS = 32, 512
 
 
 class RoiAlign(Operator):
-    """RoIAlign (He et al., ICCV 2017), each RoI on its own level: maps `[1, C, H_l, W_l]`, rois `[n, 4] float32` -> `[n, C, size, size]`.
+    """RoIAlign (He et al., ICCV 2017), each RoI on its own level: maps `[B, C, H_l, W_l]`, rois `[n, 4] float32` -> `[n, C, size, size]`.
 
     Inputs are 1 to 5 maps, all fp32 or all fp16, and the RoIs, xyxy in pixels of the canvas; the output has the maps' type. Sampling is
     torchvision's `roi_align` with `spatial_scale = 1 / stride` and `sampling_ratio = samples`, in fp32.
+
+    With `per_image` above 0, RoI i is of image `i // per_image` or, with a last input `places [n] int64`, of image
+    `places[i] // per_image`. With 0, all RoIs are of the one image that the maps hold.
 
     Several maps are consecutive levels from P2 on, and a RoI's is `floor(4 + log2(sqrt(w h) / canonical_size))`, held to those there
     are (Lin et al., CVPR 2017, Eq. 1); `canonical_size` is in pixels.
@@ -30,6 +33,7 @@ class RoiAlign(Operator):
         Attribute("samples", "int"),
         Attribute("aligned", "int"),
         Attribute("canonical_size", "float", 0.0),
+        Attribute("per_image", "int", 0),
     )
     outputs = ("regions",)
 
@@ -37,7 +41,7 @@ class RoiAlign(Operator):
         """Refuse values that make no sense together.
 
         Raises:
-            InputError: a size that is not positive, more than 5 strides, or several levels and no canonical size.
+            InputError: a size that is not positive, more than 5 strides, several levels and no canonical size, or a negative `per_image`.
         """
         strides = self.values["strides"]
         if not 1 <= len(strides) <= MOST_LEVELS or min(strides) < 1:
@@ -49,6 +53,8 @@ class RoiAlign(Operator):
             raise self.refuse(f"aligned is {self.values['aligned']}; give 0 or 1")
         if len(strides) > 1 and not self.values["canonical_size"] > 0:
             raise self.refuse(f"canonical_size is {self.values['canonical_size']}; {len(strides)} levels need one, in pixels")
+        if self.values["per_image"] < 0:
+            raise self.refuse(f"per_image is {self.values['per_image']}; give 0 for one image, or how many places each has")
 
     def check_inputs(self, inputs: Sequence[TensorSpec]) -> None:
         """Refuse inputs whose number, rank, sizes or types do not fit.
@@ -56,18 +62,24 @@ class RoiAlign(Operator):
         Raises:
             InputError: names the node and the input.
         """
-        levels = len(self.values["strides"])
-        if len(inputs) != levels + 1:
-            raise self.refuse(f"it has {len(inputs)} inputs; {levels} strides ask for {levels} maps, then the RoIs")
-        *maps, rois = inputs
+        levels, several = len(self.values["strides"]), self.values["per_image"] > 0
+        if len(inputs) != levels + 1 and not (several and len(inputs) == levels + 2):
+            last = "the RoIs and, if they do not stand in order, their places" if several else "the RoIs"
+            raise self.refuse(f"it has {len(inputs)} inputs; {levels} strides ask for {levels} maps, then {last}")
+        maps, (rois, *places) = inputs[:levels], inputs[levels:]
         first = maps[0]
         for index, spec in enumerate(maps):
-            if len(spec.shape) != 4 or spec.shape[0] not in (None, 1) or spec.shape[1] is None or spec.shape[1] != first.shape[1]:
-                raise self.refuse(f"map {index} is {spec.shape}; give [1, C, H, W], with the same known C for all maps")
+            fits = len(spec.shape) == 4 and alike(spec.shape[0], first.shape[0] if several else 1)
+            if not fits or spec.shape[1] is None or spec.shape[1] != first.shape[1]:
+                wanted = "[B, C, H, W], with the same B and the same known C" if several else "[1, C, H, W], with the same known C"
+                raise self.refuse(f"map {index} is {spec.shape}; give {wanted} for all maps")
             if spec.dtype not in ("float32", "float16") or spec.dtype != first.dtype:
                 raise self.refuse(f"map {index} is {spec.dtype}; give float32 or float16, the same for all maps")
         if len(rois.shape) != 2 or rois.shape[1] != 4 or rois.dtype != "float32":
             raise self.refuse(f"the RoIs are {rois.shape} {rois.dtype}; give [n, 4] float32")
+        for spec in places:
+            if len(spec.shape) != 1 or not alike(spec.shape[0], rois.shape[0]) or spec.dtype != "int64":
+                raise self.refuse(f"the places are {spec.shape} {spec.dtype} of RoIs {rois.shape}; give [n] int64, one a RoI")
 
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
         """The maps' type."""
@@ -75,17 +87,19 @@ class RoiAlign(Operator):
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """`[n, C, size, size]`."""
-        return [[inputs[-1][0], inputs[0][1], self.values["size"], self.values["size"]]]
+        return [[inputs[len(self.values["strides"])][0], inputs[0][1], self.values["size"], self.values["size"]]]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """One, whatever the sizes of the maps and the number of RoIs."""
+        """One, whatever the sizes of the maps, and the number of images and of RoIs."""
         values, levels = self.values, len(self.values["strides"])
         kind = "*" + TRITON_TYPES[inputs[0].dtype]
         channels = inputs[0].size(1)
         block_channels, block_bins = self._block(channels)
-        signature = [(f"x{level}", kind) for level in range(MOST_LEVELS)] + [("rois", "*fp32"), ("regions", kind)]
+        placed = len(inputs) > levels + 1
+        signature = [(f"x{level}", kind) for level in range(MOST_LEVELS)]
+        signature += [("rois", "*fp32"), ("places", "*i64" if placed else "*fp32"), ("regions", kind)]
         signature += [(f"{side}{level}", "i32") for level in range(MOST_LEVELS) for side in ("height", "width")]
-        constants: list[tuple[str, int | float | bool]] = [("LEVELS", levels)]
+        constants: list[tuple[str, int | float | bool]] = [("PER_IMAGE", values["per_image"]), ("PLACED", placed), ("LEVELS", levels)]
         constants += [(f"SCALE{level}", 1.0 / stride) for level, stride in enumerate(_fill(values["strides"]))]
         constants += [
             ("LOG2_CANONICAL", math.log2(values["canonical_size"]) if levels > 1 else 0.0),
@@ -100,13 +114,16 @@ class RoiAlign(Operator):
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
         """One, of a program for each block of bins and channels of each RoI."""
-        *maps, rois = inputs
+        levels = len(self.values["strides"])
+        maps, rois = inputs[:levels], inputs[levels]
         channels = maps[0].size(1)
         block_channels, block_bins = self._block(channels)
         blocks = -(-channels // block_channels) * -(-(self.values["size"] ** 2) // block_bins)
-        pointers = _fill([Buffer("input", index) for index in range(len(maps))])
+        pointers = _fill([Buffer("input", index) for index in range(levels)])
+        # Without places the RoIs stand for them, and nobody reads them there.
+        boxes = Buffer("input", levels), Buffer("input", len(inputs) - 1)
         sizes = [spec.size(axis) for spec in _fill(maps) for axis in (2, 3)]
-        arguments = (*pointers, Buffer("input", len(maps)), Buffer("output", 0), *sizes)
+        arguments = (*pointers, *boxes, Buffer("output", 0), *sizes)
         return [Launch(self.kernels(inputs)[0], (rois.size(0) * blocks, 1, 1), arguments)]
 
     def _block(self, channels: int) -> tuple[int, int]:

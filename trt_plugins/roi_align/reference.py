@@ -11,13 +11,25 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 
 def roi_align(
-    maps: Sequence[Tensor], rois: Tensor, strides: Sequence[int], size: int, samples: int, aligned: bool, canonical_size: float = 0.0
+    maps: Sequence[Tensor],
+    rois: Tensor,
+    strides: Sequence[int],
+    size: int,
+    samples: int,
+    aligned: bool,
+    canonical_size: float = 0.0,
+    per_image: int = 0,
+    places: Tensor | None = None,
 ) -> Tensor:
-    """Maps `[1, C, H_l, W_l]`, rois `[n, 4] float32` xyxy -> `[n, C, size, size]` of the maps' type, computed in fp32."""
+    """Maps `[B, C, H_l, W_l]`, rois `[n, 4] float32` xyxy and their places `[n] int64`, by default their own order ->
+    `[n, C, size, size]` of the maps' type, computed in fp32."""
+    places = torch.arange(len(rois)) if places is None else places
     regions = maps[0].new_empty((len(rois), maps[0].shape[1], size, size))
     for index, roi in enumerate(rois):
         level = pyramid_level(roi, len(maps), canonical_size) if len(maps) > 1 else 0
-        regions[index] = torchvision_roi_align(maps[level].float(), [roi[None]], size, 1.0 / strides[level], samples, aligned)[0]
+        image = int(places[index]) // per_image if per_image else 0
+        feature = maps[level][image : image + 1].float()
+        regions[index] = torchvision_roi_align(feature, [roi[None]], size, 1.0 / strides[level], samples, aligned)[0]
     return regions
 
 

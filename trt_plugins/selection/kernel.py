@@ -1,6 +1,6 @@
 """Kernels that choose boxes: exact top-k, decoding, non-maximum suppression. No atomics: the same input gives the same bits.
 
-A *row* is an independent set of candidates (a level of the pyramid, or all classes of an image). A candidate is an `int32` key, which
+A *row* is an independent set of candidates (one level, or all classes, of one image). A candidate is an `int32` key, which
 orders as its score does, and an `int32` index, its place in the row's scores; a place without candidate has the key EMPTY. Of equal
 keys, the one that stands first counts as the better one, and candidates stand by rising index until they are ranked.
 """

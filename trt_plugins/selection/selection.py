@@ -93,8 +93,8 @@ class Selection:
         return KernelSpec(KERNELS, "suppress", signature, (("WORDS", words),), num_warps=max(1, words // 32))
 
     def kernels(self) -> list[KernelSpec]:
-        """Those that `narrow` and `thin_out` launch."""
-        return [*([self.select] if len(self.widths) > 1 else []), self.overlaps, self.suppress]
+        """Those that `narrow` and `thin_out` may launch, whatever `rows` and `width`."""
+        return [self.select, self.overlaps, self.suppress]
 
     def narrow(self) -> list[Launch]:
         """From `entries` to `ranked`."""
