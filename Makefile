@@ -52,6 +52,7 @@ test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
 
 test-gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch finds no NVIDIA GPU here: dynamask doctor says why.")'
 	TRITON_INTERPRET=0 $(BIN)/pytest --durations 15 -m gpu
 
 clean:

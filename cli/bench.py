@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
 import typer
 
 from cli.bench_kernels import kernels
+from cli.bench_training import training
 
 if TYPE_CHECKING:
     from runtime.bench import Eager, Frame
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Latency, side by side in one run.", no_args_is_help=True)
 app.command()(kernels)
+app.command()(training)
 
 DRAWN_IMAGES = 8
 """Images of shapes that are drawn where none are given."""
@@ -60,9 +62,9 @@ def routing(
     with load(bundle, target, threads=threads) as predictor:
         eager = None if checkpoint is None else _eager(checkpoint, predictor.bundle.manifest, threads)
         result = bench_routing(cast(Any, predictor.engine), instances, parts, repeats, eager)
+    _print_routing(result)
     if json is not None:
         write_json(json, result)
-    _print_routing(result)
 
 
 @app.command()
@@ -89,9 +91,9 @@ def latency(
         peer = _maskrcnn(manifest, peer_size, threads)
         result = bench_latency(predictor, _frames(images, manifest), {against.value: peer}, repeats)
     result["peer_size"] = peer_size.value
+    _print_latency(result)
     if json is not None:
         write_json(json, result)
-    _print_latency(result)
 
 
 def _parts(distribution: str) -> list[float]:

@@ -29,7 +29,10 @@ def shapes(
     frames: Annotated[int, typer.Option(help="Frames of the video, 25 a second.")] = 250,
     json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
 ) -> None:
-    """Draw shapes, smooth and intricate, small and large, with exact masks."""
+    """Draw shapes, smooth and intricate, small and large, with exact masks.
+
+    Example: dynamask data shapes shapes --images 100 --video film.mp4
+    """
     from runtime.files import write_json
 
     height, width = parse_size(size)
@@ -61,7 +64,7 @@ def prepare(
     if folder is None and video is None:
         raise InputError("Nothing to write: give a folder for the images, --video FILE.mp4, or both.")
     result: dict[str, Any] = {"seed": seed, "height": height, "width": width}
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         if folder is not None:
             task = progress.add_task("images", total=images)
             path = write_dataset(folder, images, seed, height, width, lambda done, _: progress.update(task, completed=done))

@@ -36,6 +36,8 @@ def demo(
     """Run the whole pipeline on what the package carries: export, engine, video, validation, report.
 
     Takes one to three minutes on two cores, and says where to look.
+
+    Example: dynamask demo --output demo
     """
     from runtime.files import write_json
 

@@ -33,11 +33,20 @@ def export(
     Example: dynamask export runs/shapes/best.safetensors lite0.bundle --size 384x384
     """
     from cli.data import parse_size
-    from export.export import export_bundle
+    from runtime.bundle import check_replaceable
     from runtime.files import write_json
+    from runtime.images import read_image
 
     canvas = None if size is None else parse_size(size)
-    result = export_bundle(checkpoint, bundle, canvas, None if images is None else find_images(images))
+    chosen = None if images is None else find_images(images)
+    # What would be refused at the end of the export is refused before it begins.
+    check_replaceable(bundle)
+    for image in chosen or ():
+        read_image(image)
+
+    from export.export import export_bundle
+
+    result = export_bundle(checkpoint, bundle, canvas, chosen)
     if json is not None:
         write_json(json, result)
     typer.echo(_summary(bundle, result))

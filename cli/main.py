@@ -23,10 +23,7 @@ from cli.predict import predict
 from cli.stream import stream
 from cli.train import train
 from cli.validate import validate
-from runtime.errors import DynaMaskError
-
-INTERRUPTED = 130
-"""The exit status of what Ctrl-C ended: 128 + SIGINT."""
+from runtime.errors import INTERRUPTED, DynaMaskError
 
 EXTRAS = {
     "onnx": "export",
@@ -126,6 +123,8 @@ def _unexpected_sentence(error: Exception) -> str:
         return f"This command needs {error.name}, which is not installed: run pip install -e '.[{extra}]' in the checkout."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"The disk is full while writing {error.filename or 'a file'}: free some space and run the command again."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} could not be read or written ({error.strerror}): check the path, its permissions and the disk."
     if isinstance(error, MemoryError):
         return "The memory is used up: use a smaller batch, image or number of workers."
     lines = str(error).splitlines()

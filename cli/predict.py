@@ -43,11 +43,17 @@ def predict(
     output: Annotated[Optional[Path], typer.Option(help="Folder for annotated pictures.")] = None,  # noqa: UP045
     json: Annotated[Optional[Path], typer.Option(help="Write the detections here, masks as COCO run-lengths.")] = None,  # noqa: UP045
 ) -> None:
-    """Find the instances in images; an image that cannot be read is named, and the others still run."""
+    """Find the instances in images; an image that cannot be read is named, and the others still run.
+
+    Example: dynamask predict lite0.bundle *.jpg --output pictures --json detections.json
+    """
     from runtime.errors import InputError
     from runtime.files import write_json
     from runtime.predictor import load
 
+    if budget is not None and grid is not Grid.routed:
+        chosen = f"--grid {grid.value}"
+        raise InputError(f"--budget {budget} is for --grid routed, and {chosen} leaves it nothing to choose; give one of the two.")
     records: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     with load(bundle, target, budget, threads) as predictor:

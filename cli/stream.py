@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from runtime.sources import Source
     from runtime.stream import StreamReport
 
-INTERRUPTED = 130
-
 
 def stream(
     bundle: Annotated[Path, typer.Argument(help="The bundle, as dynamask export wrote it.")],
@@ -39,8 +37,11 @@ def stream(
     """Run a bundle on video: masks, labels and each instance's grid drawn in, and written as JSON lines.
 
     With several sources, --output, --jsonl and --frames-dir name folders, with one file (or folder) for each source in them.
+
+    Example: dynamask stream lite0.bundle video.mp4 --output annotated.mp4 --jsonl detections.jsonl
     """
     from runtime.bundle import Bundle
+    from runtime.errors import INTERRUPTED, InputError
     from runtime.files import write_json
     from runtime.predictor import load
     from runtime.validate import parse_policy
@@ -48,6 +49,8 @@ def stream(
     plans = plan_outputs(sources, output, jsonl, frames_dir)
     opened = Bundle.open(bundle)
     policy = parse_policy(grid, opened.manifest.grid_gmacs)
+    if budget is not None and grid != "routed":
+        raise InputError(f"--budget {budget} is for --grid routed, and --grid {grid} leaves it nothing to choose; give one of the two.")
     with load(opened, target, policy.budget or budget) as predictor:
         results = []
         for source, outputs in zip(sources, plans, strict=True):
@@ -64,7 +67,7 @@ def plan_outputs(sources: list[Path], output: Path | None, jsonl: Path | None, f
     """What each source writes: `video`, `jsonl`, `frames` -> path.
 
     Raises:
-        InputError: an output is its own source.
+        InputError: a source does not exist or is an output as well, or two outputs are one file.
     """
     from runtime.errors import InputError
 
@@ -78,8 +81,13 @@ def plan_outputs(sources: list[Path], output: Path | None, jsonl: Path | None, f
     for source, name, plan in zip(sources, names, plans, strict=True):
         if not plan:
             plan["video"] = Path(f"{name}-dynamask.mp4")
-        if source.resolve() in {path.resolve() for path in plan.values()}:
+        if not source.exists():
+            raise InputError(f"{source} does not exist; give a video file or a folder of images.")
+        places = [path.resolve() for path in plan.values()]
+        if source.resolve() in places:
             raise InputError(f"{source} is both read and written; give another place to write to.")
+        if len(set(places)) < len(places):
+            raise InputError(f"{places[0]} is given for two outputs; give each its own name.")
     return plans
 
 

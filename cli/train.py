@@ -31,16 +31,21 @@ def train(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
 ) -> None:
-    """Train a model; Ctrl-C keeps the last step, --resume goes on from it."""
+    """Train a model; Ctrl-C keeps the last step, --resume goes on from it.
+
+    Example: dynamask train --config lite0-shapes --output runs/shapes --set train.epochs=0.5
+    """
     from dynamask.config import CONFIGS, load_config
     from dynamask.train.trainer import train as run_training
-    from runtime.errors import InputError
+    from runtime.errors import INTERRUPTED, InputError
     from runtime.files import write_json
 
     if config is None:
-        config = str(output / "config.yaml")
         if not resume:
             raise InputError(f"--config is missing: give one of {', '.join(CONFIGS)}, or a YAML file.")
+        if not (output / "config.yaml").is_file():
+            raise InputError(f"{output} holds no run to go on with: name its folder with --output, or begin one with --config.")
+        config = str(output / "config.yaml")
     overrides = parse_assignments(assignments or [])
     if weights is not None:
         overrides["weights"] = weights
@@ -50,6 +55,8 @@ def train(
     if json is not None:
         write_json(json, result)
     typer.echo(_summary(result))
+    if result["interrupted"]:
+        raise typer.Exit(INTERRUPTED)
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:

@@ -52,11 +52,11 @@ def validate(
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("validating", total=None)
             result = judge(predictor, dataset, policies, limit, lambda done, total: progress.update(task, completed=done, total=total))
+        _print(result)
         if json is not None:
             write_json(json, result)
         if report is not None:
             reports.write_report(result, report, reports.example_pictures(predictor, dataset, PICTURES))
-    _print(result)
     if report is not None:
         typer.echo(report)
 

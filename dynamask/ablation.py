@@ -13,7 +13,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dynamask.config import GRIDS, Config, load_config
+from dynamask.config import GRIDS, Config, load_config, misfit
 from dynamask.flops import image_gmacs
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
@@ -21,7 +21,7 @@ from dynamask.train.evaluate import evaluate
 from dynamask.train.log import ProgressReport
 from dynamask.train.trainer import train, validation_set
 from runtime.errors import InputError
-from runtime.files import atomic_path, sha256, write_json
+from runtime.files import atomic_path, check_folder, sha256, write_json
 from runtime.validate import parse_policy
 
 IOU_TYPES = ("bbox", "segm", "boundary")
@@ -122,6 +122,8 @@ def read_plan(path: Path) -> Plan:
     Raises:
         InputError: the file is missing or not YAML, or a row or field does not fit.
     """
+    if not path.is_file():
+        raise InputError(f"{path} is not a file: give a plan as in docs/training.md.")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -129,9 +131,7 @@ def read_plan(path: Path) -> Plan:
     try:
         plan = Plan.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "plan"
-        raise InputError(f"{path}: {field}: {first['msg']} (given: {str(first.get('input'))[:80]}).") from error
+        raise InputError(f"{path}: {misfit(error)}; write it as in docs/training.md.") from error
     try:
         for row in plan.rows:
             plan.policies(row)
@@ -152,10 +152,11 @@ def run_plan(path: Path, output: Path, quiet: bool = False) -> dict[str, Any]:
         `values`, the APs times 100 (`AP AP50 AP75 boundary_AP box_AP`), `mean_gmacs` and `training_seconds`, `evaluation_seconds`.
 
     Raises:
-        InputError: the plan does not fit, or `output` holds runs of another one.
+        InputError: the plan does not fit, or `output` holds runs of another one or cannot be written.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     plan = read_plan(path)
+    check_folder(output)
     rows: list[dict[str, Any]] = []
     table = {"plan": str(path), "base": plan.base, "complete": False, "rows": rows}
     with ProgressReport(quiet) as report:

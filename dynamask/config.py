@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +12,12 @@ from runtime.errors import InputError
 
 GRIDS: tuple[int, int, int, int] = (14, 28, 56, 112)
 """The four mask resolutions, tiny to large (paper, section 3.2)."""
+
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -37,29 +43,29 @@ class ModelConfig(_Strict):
     canvas: tuple[int, int] = (800, 1344)
     """Height and width of the letterboxed input, pixels, divisible by 32."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    fpn_channels: int = 256
-    stage_channels: tuple[int, int, int, int] = (256, 128, 64, 32)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    fpn_channels: Count = 256
+    stage_channels: tuple[Count, Count, Count, Count] = (256, 128, 64, 32)
     """Channels of L_tiny, L_small, L_medium, L_large."""
     class_agnostic_largest: bool = False
     """One mask logit for all classes at 112 x 112."""
-    box_features: int = 1024
-    anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
+    box_features: Count = 1024
+    anchor_sizes: tuple[Count, Count, Count, Count, Count] = (32, 64, 128, 256, 512)
     """Anchor side in pixels at P2..P6."""
-    proposals_per_level: int = 1000
+    proposals_per_level: Count = 1000
     """Anchors kept per level before NMS, at inference."""
-    proposals: int = 1000
+    proposals: Count = 1000
     """Proposals kept after NMS, at inference."""
-    proposals_training: int = 2000
-    rois_per_image: int = 512
+    proposals_training: Count = 2000
+    rois_per_image: Count = 512
     """RoIs sampled for the box loss, a quarter of them positive."""
-    mask_rois_per_image: int = 128
+    mask_rois_per_image: Count = 128
     """At most this many positives an image reach the mask branch in training."""
-    detections: int = 100
+    detections: Count = 100
     """K, the fixed number of detection slots of the exported graph."""
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    frozen_stages: int = 2
+    score_threshold: float = Field(default=0.05, ge=0, le=1)
+    nms_threshold: float = Field(default=0.5, gt=0, le=1)
+    frozen_stages: Whole = 2
     """Backbone stages without gradient: 0 none, 1 the stem, 2 also the first stage."""
     mask_head: Literal["dynamask", "maskrcnn"] = "dynamask"
     """`maskrcnn`: Mask R-CNN's plain head at `mask_grid`, the baseline of Table 1 (`dynamask/baselines.py`)."""
@@ -91,10 +97,10 @@ class DataConfig(_Strict):
     train_images: Path | None = None
     val_annotations: Path | None = None
     val_images: Path | None = None
-    shapes_train: int = 2000
+    shapes_train: Count = 2000
     """Generated images to learn from (kind `shapes`)."""
-    shapes_val: int = 200
-    shapes_seed: int = 0
+    shapes_val: Count = 200
+    shapes_seed: Whole = 0
     scale_jitter: tuple[float, float] = (0.8, 1.0)
     """Range of the image's scale relative to the canvas, sampled per image in training; what exceeds the canvas is cropped, at random."""
     flip: bool = True
@@ -102,7 +108,7 @@ class DataConfig(_Strict):
     """Probability that instances of another image are pasted on an image in training (`dynamask/data/augment.py`)."""
     portrait_batches: bool = False
     """In training, collect images that lie across the canvas in batches of their own, on the transposed canvas (kind `coco`)."""
-    workers: int = 0
+    workers: Whole = 0
 
     @model_validator(mode="after")
     def _check_jitter(self) -> DataConfig:
@@ -121,40 +127,40 @@ class DataConfig(_Strict):
 class TrainConfig(_Strict):
     """The recipe (paper, section 4.1)."""
 
-    batch: int = 16
-    warm_epochs: float = 1.0
+    batch: Count = 16
+    warm_epochs: NotNegative = 1.0
     """Phase 1: no MSM, the mask loss at all four grids."""
-    epochs: float = 12.0
+    epochs: NotNegative = 12.0
     """Phase 2: all modules."""
-    switch_epochs: float = 0.0
+    switch_epochs: NotNegative = 0.0
     """Phase 3, ours: the MSM alone on frozen features, cheap steps for the module that learns slowest (docs/results/shapes.md)."""
-    rate: float = 0.02
+    rate: Positive = 0.02
     """Learning rate at a batch of 16; scaled in proportion to the batch."""
-    drops: tuple[float, ...] = (8.0, 11.0)
+    drops: tuple[NotNegative, ...] = (8.0, 11.0)
     """Epochs of phase 2 after which the rate falls tenfold. Phase 3 has the full rate, and a tenth for its last quarter."""
-    warmup_steps: int = 500
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    clip_norm: float = 10.0
-    edge_weight: float = 0.1
+    warmup_steps: Whole = 500
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: NotNegative = 1e-4
+    clip_norm: Positive = 10.0
+    edge_weight: NotNegative = 0.1
     """lambda 1 of Eq. 7."""
-    regularisation_weight: float = 0.4
+    regularisation_weight: NotNegative = 0.4
     """lambda 2 of Eq. 7."""
-    budget: float = 1.0
+    budget: Positive = 1.0
     """C_t of Eq. 5, in the paper's unit, in which 112 x 112 costs 1.40: `budget / 1.4` is its share of the largest grid's cost."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """tau of Eq. 2."""
-    msm_rate_factor: float = 1.0
+    msm_rate_factor: NotNegative = 1.0
     """The MSM's learning rate over the others'."""
-    seed: int = 0
-    checkpoint_every: int = 500
+    seed: Whole = 0
+    checkpoint_every: Whole = 500
     """Steps between checkpoints (one is also written at each epoch's end and on Ctrl-C)."""
-    evaluate_every: float = 1.0
+    evaluate_every: NotNegative = 1.0
     """Epochs between evaluations; 0 evaluates only at the end."""
-    evaluate_images: int = 100
+    evaluate_images: Count = 100
     pictures: int = Field(default=4, ge=0, le=4)
     """Validation images drawn at each evaluation, beside the training curves (docs/training.md); 0 draws nothing."""
-    threads: int = 0
+    threads: Whole = 0
     """CPU threads; 0 leaves PyTorch's choice."""
 
 
@@ -251,7 +257,7 @@ def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> C
     else:
         path = Path(name_or_file)
         if not path.is_file():
-            raise InputError(f"{name_or_file} is neither a file nor one of the configurations {', '.join(CONFIGS)}.")
+            raise InputError(f"{name_or_file} is neither a file nor a configuration; choose one of {', '.join(CONFIGS)}.")
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -278,6 +284,12 @@ def parse_config(tree: Any, where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}: {field}: {first['msg']} (given: {first.get('input')!r}).") from error
+        raise InputError(f"{where}: {misfit(error)}; dynamask/config.py says what each field takes.") from error
+
+
+def misfit(error: ValidationError) -> str:
+    """The first field that does not fit, why, and what was given, unless that is a whole section."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    given = "" if first["type"] == "value_error" else f" (given: {repr(first['input'])[:80]})"
+    return f"{field}: {first['msg'].removeprefix('Value error, ')}{given}".removeprefix(": ")

@@ -10,13 +10,16 @@ from torchvision.ops import roi_align
 from dynamask.config import GRIDS
 
 
-def grid_targets(masks: Tensor, rois: Tensor) -> list[Tensor]:
-    """Binary targets `[N, G, G] float32` at the four grids, from masks `[N, H, W] uint8` and RoIs `[N, 5]` (xyxy pixels).
+def grid_targets(masks: Tensor, rois: Tensor, matched: Tensor | None = None) -> list[Tensor]:
+    """Binary targets `[N, G, G] float32` at the four grids, from masks `[M, H, W] uint8` and RoIs `[N, 5]` (xyxy pixels).
 
-    The mask is sampled once, at the largest grid, for all instances together; a cell of a smaller grid is 1 where at least half
-    of the cells that it covers are.
+    `matched [N] int64` is the mask of each RoI; without it, RoI i has mask i. The mask is sampled once, at the largest grid, for all
+    instances together; a cell of a smaller grid is 1 where at least half of the cells that it covers are.
     """
-    index = torch.arange(len(rois), dtype=rois.dtype, device=rois.device)
-    boxes = torch.cat([index[:, None], rois[:, 1:]], dim=1)
-    largest = roi_align(masks[:, None].float(), boxes, (GRIDS[-1], GRIDS[-1]), 1.0, 2, aligned=True)
+    if matched is None:
+        matched = torch.arange(len(rois), device=rois.device)
+    # Many RoIs share a mask: each is converted once, not once a RoI, which at 800 x 1344 would be 4 MB for each.
+    used, index = torch.unique(matched, return_inverse=True)
+    boxes = torch.cat([index[:, None].to(rois.dtype), rois[:, 1:]], dim=1)
+    largest = roi_align(masks[used, None].float(), boxes, (GRIDS[-1], GRIDS[-1]), 1.0, 2, aligned=True)
     return [(F.avg_pool2d(largest, GRIDS[-1] // grid) >= 0.5).float()[:, 0] for grid in GRIDS]

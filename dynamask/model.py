@@ -133,10 +133,10 @@ class DynaMask(nn.Module):
             proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
             losses = dict(losses)
             losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
-            rois, classes, masks = self._mask_samples(proposals, matched, labels, targets)
+            rois, classes, masks, truths = self._mask_samples(proposals, matched, labels, targets)
             if isinstance(self.mask_branch.heads, MaskRCNNPredictor):
-                return losses | self._one_grid_loss(self.mask_branch.heads, pyramid, rois, classes, masks)
-            region, mask, edge = self._grid_losses(self.mask_branch.heads, pyramid, rois, classes, masks)
+                return losses | self._one_grid_loss(self.mask_branch.heads, pyramid, rois, classes, grid_targets(masks, rois, truths))
+            region, mask, edge = self._grid_losses(self.mask_branch.heads, pyramid, rois, classes, grid_targets(masks, rois, truths))
         if self.phase == 1:
             return losses | self._all_grid_losses(mask, edge)
         switched = self._switched_losses(self.mask_branch.msm(region), mask, edge)
@@ -160,35 +160,36 @@ class DynaMask(nn.Module):
 
     def _mask_samples(
         self, proposals: list[Tensor], matched: list[Tensor], labels: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The positives that reach the mask branch: RoIs `[N, 5]`, classes `[N]` from 0, and masks `[N, H, W]`."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The positives that reach the mask branch: RoIs `[N, 5]`, classes `[N]` from 0; masks `[M, H, W]`, and which is whose `[N]`."""
         limit = self.config.model.mask_rois_per_image
         kept = [torch.nonzero(label > 0)[:, 0] for label in labels]
         kept = [index[torch.randperm(len(index), device=index.device)[:limit]] for index in kept]
         rois = batch_rois([p[i] for p, i in zip(proposals, kept, strict=True)])
         classes = torch.cat([label[i] for label, i in zip(labels, kept, strict=True)]) - 1
-        masks = [t["masks"][m[i]] for t, m, i in zip(targets, matched, kept, strict=True)]
-        return rois, classes, torch.cat(masks)
+        masks = [target["masks"] for target in targets]
+        first = [sum(map(len, masks[:i])) for i in range(len(masks))]
+        truths = torch.cat([start + m[i] for start, m, i in zip(first, matched, kept, strict=True)])
+        return rois, classes, torch.cat(masks), truths
 
     def _grid_losses(
-        self, heads: GridHeads, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, masks: Tensor
+        self, heads: GridHeads, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, mask_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid."""
         region = self.mask_branch.region(pyramid, rois)
         features = self.mask_branch.all_grids(pyramid, rois, region)
-        mask_targets = grid_targets(masks, rois)
         mask = grid_cross_entropy([heads.mask_logits(k, x, classes) for k, x in enumerate(features)], mask_targets)
         edge_targets = [edge_target(t) for t in mask_targets]
         edge = grid_cross_entropy([heads.edge_logits(k, x) for k, x in enumerate(features)], edge_targets)
         return region, mask, edge
 
     def _one_grid_loss(
-        self, predictor: MaskRCNNPredictor, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, masks: Tensor
+        self, predictor: MaskRCNNPredictor, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, mask_targets: list[Tensor]
     ) -> dict[str, Tensor]:
         """Mask R-CNN's mask loss: the cross-entropy at the head's own grid, the mean over its cells and the instances."""
         index = GRIDS.index(predictor.grid)
         feature = self.mask_branch.rfpn.tiny(self.mask_branch.region(pyramid, rois))
-        loss = grid_cross_entropy([predictor.mask_logits(index, feature, classes)], [grid_targets(masks, rois)[index]])
+        loss = grid_cross_entropy([predictor.mask_logits(index, feature, classes)], [mask_targets[index]])
         self.statistics = {f"mask_{predictor.grid}": float(loss.detach().mean())}
         return {"loss_mask": switched_loss(torch.ones_like(loss), loss)}
 

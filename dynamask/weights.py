@@ -76,13 +76,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         InputError: the file is missing, truncated, or holds anything but tensors.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give the file of weights, or `none` to start from random ones.")
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {fault}: give the file of weights, or `none` to start from random ones.")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(
             f"{path} is no readable file of plain weights ({str(error).splitlines()[0]}):"
-            " save the model's state_dict() alone, with torch.save."
+            " copy it again if it was cut short, or save the model's state_dict() alone, with torch.save."
         ) from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state

@@ -25,8 +25,9 @@ import dynamask
 import trt_plugins
 from export.lowering import Lowered, lower
 from export.precision import emulate_fp16, to_fp16
+from export.seams import read_facts
 from export.serialized_engine import Progress, build_serialized
-from runtime.bundle import MODEL, Bundle, Canvas, EngineEntry, Profile
+from runtime.bundle import MANIFEST, MODEL, Bundle, Canvas, EngineEntry, Profile
 from runtime.cuda import Driver, open_driver
 from runtime.errors import InputError
 from runtime.targets.base import check_target
@@ -129,7 +130,14 @@ def _build_tensorrt(
     trt = load(target)
     driver = _driver(target)
     capabilities = _compute_capabilities(capabilities, driver)
-    lowered = lower(_read_graph(bundle, precision), profile)
+    graph = _read_graph(bundle, precision)
+    facts, manifest = read_facts(graph), bundle.manifest
+    if (facts.canvas, facts.detections) != (manifest.canvas, manifest.detections):
+        raise InputError(
+            f"{bundle.path / MANIFEST} says a canvas of {manifest.canvas} and {manifest.detections} detections, and {MODEL} {facts.canvas} "
+            f"and {facts.detections}: export the bundle again."
+        )
+    lowered = lower(graph, profile)
     versions = {target: trt.__version__, **_versions()}
     versions[INPUTS] = _digest(lowered.model, profile, precision, capabilities, versions)
     entry = _unchanged(bundle, target, versions)

@@ -171,10 +171,10 @@ def random_boxes(count: int, height: int, width: int, random: np.random.Generato
     return np.stack([x, y, x + w, y + h], 1).astype(np.float32)
 
 
-def take_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every call: after a warm-up, rounds in which each contender runs once, in an order that rotates."""
+def take_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
+    """Milliseconds of every call: after `warm_up` rounds, `repeats` in which each contender runs once, in an order that rotates."""
     names = list(contenders)
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         for name in names:
             contenders[name]()
     times: dict[str, list[float]] = {name: [] for name in names}

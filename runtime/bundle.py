@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.errors import InputError
-from runtime.files import atomic_path, sha256, unwritable, write_json
+from runtime.files import atomic_path, check_folder, sha256, unwritable, write_json
 from runtime.instances import GRIDS, ClassName
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -34,6 +34,12 @@ def _every_grid(costs: dict[int, float]) -> dict[int, float]:
     return costs
 
 
+def _paper_grids(grids: tuple[int, ...]) -> tuple[int, ...]:
+    if grids != GRIDS:
+        raise ValueError(f"{grids} are not the grids {GRIDS}")
+    return grids
+
+
 def _rising(values: tuple[int, int, int]) -> tuple[int, int, int]:
     if not values[0] <= values[1] <= values[2]:
         raise ValueError(f"{values} do not rise from the least over the likeliest to the most")
@@ -51,7 +57,8 @@ FileName = Annotated[str, AfterValidator(_inside)]
 Side = Annotated[int, Field(gt=0, multiple_of=32)]
 Canvas = tuple[Side, Side]
 Count = Annotated[int, Field(gt=0)]
-Rgb = tuple[float, float, float]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -93,17 +100,17 @@ class Manifest(_Strict):
     """The model's: `lite0`, `r50`."""
     files: dict[FileName, FileEntry] = Field(default_factory=dict)
     """The bundle's files, engines aside; `Bundle.create` fills it."""
-    classes: list[ClassName]
+    classes: Annotated[list[ClassName], Field(min_length=1)]
     """In the order of the model's labels."""
     canvas: Canvas
     """Height and width, pixels."""
-    mean: Rgb
-    std: Rgb
+    mean: tuple[Finite, Finite, Finite]
+    std: tuple[Positive, Positive, Positive]
     """Of `(x / 255 - mean) / std`, RGB."""
-    detections: Annotated[int, Field(gt=0)]
+    detections: Count
     """K, the detection slots of the graph."""
-    score_threshold: float
-    grids: tuple[int, ...] = GRIDS
+    score_threshold: Finite
+    grids: Annotated[tuple[int, ...], AfterValidator(_paper_grids)] = GRIDS
     grid_gmacs: Annotated[dict[int, float], AfterValidator(_every_grid)]
     """Grid -> counted cost of an instance that ends there, GMAC, cumulative."""
     msm_gmacs: float
@@ -148,7 +155,7 @@ class Bundle:
             DynaMaskError: the disk is full or the folder cannot be written.
         """
         path = Path(path).absolute()
-        _check_replaceable(path)
+        check_replaceable(path)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             temporary.mkdir(parents=True)
@@ -248,7 +255,8 @@ def _read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "its content"
-        raise InputError(f"{file} is not a bundle's manifest: {field}: {first['msg']}; export the bundle again.") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{file} is not a bundle's manifest: {field}: {reason}; export the bundle again.") from error
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -259,7 +267,13 @@ def _file_entry(path: Path) -> FileEntry:
     return FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
+    """Whether a bundle can be made at `path`, before the work of making it.
+
+    Raises:
+        InputError: something other than a bundle or an empty folder stands there, or its folder cannot be made or written.
+    """
+    check_folder(path.absolute().parent)
     if path.is_dir():
         if not (path / MANIFEST).is_file() and any(path.iterdir()):
             raise InputError(f"{path} is a folder that is not a bundle, so it is not replaced; give another folder.")

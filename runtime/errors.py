@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 130
+"""The exit status of what Ctrl-C ended: 128 + SIGINT."""
+
 
 class DynaMaskError(Exception):
     """Something failed that the caller could not have prevented; the command line exits with status 1."""

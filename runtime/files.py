@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import DynaMaskError
+from runtime.errors import DynaMaskError, InputError
+
+_UNFIT = {
+    errno.EACCES: "no permission",
+    errno.EEXIST: "a part of its path is a file",
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.ENOENT: "its folder cannot be made",
+    errno.ENOTDIR: "a part of its path is a file",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+}
+"""What the system says of a path that was chosen wrongly, in contrast to a disk that is full or broken."""
 
 
 @contextlib.contextmanager
@@ -23,7 +36,8 @@ def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
     Whatever stood at `destination` before stays untouched until then, and when the block fails.
 
     Raises:
-        DynaMaskError: the disk is full or the folder cannot be written.
+        InputError: nothing can be written at `destination`.
+        DynaMaskError: the disk is full.
     """
     destination = Path(destination)
     try:
@@ -47,10 +61,24 @@ def atomic_path(destination: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def unwritable(path: Path, error: OSError) -> DynaMaskError:
-    """The sentence for a file that could not be written (full disk, no permission)."""
+    """The sentence for a file that could not be written: an `InputError` where another path would do, not for a full disk."""
+    if error.errno in _UNFIT:
+        return InputError(f"{path} could not be written ({_UNFIT[error.errno]}): nothing was replaced; choose another place.")
     return DynaMaskError(
         f"{path} could not be written ({error.strerror or error}): nothing was replaced; free some space or choose another folder."
     )
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written, before long work that would end in it; nothing is made.
+
+    Raises:
+        InputError: names what stands in the way.
+    """
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        fault = "no permission to write" if nearest.is_dir() else "it is a file"
+        raise InputError(f"{path} cannot be made or written because of {nearest} ({fault}): choose another folder.")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from runtime.annotate import annotate
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, unwritable
 
 if TYPE_CHECKING:
     import av
@@ -70,7 +70,7 @@ class JsonLinesSink(Sink):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._partial = self.path.with_name(self.path.name + ".partial")
-        with _writing(self.path, self._partial):
+        with _opening(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._partial.open("wb", buffering=0)
 
@@ -131,7 +131,7 @@ class VideoSink(Sink):
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._last = -1
         self._stream: av.VideoStream | None = None
-        with _writing(self.path, self._partial):
+        with _opening(self.path):
             import av
 
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ class FolderSink(Sink):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        with _writing(self.folder, self.folder):
+        with _opening(self.folder, folder=True):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, frame: Frame, instances: Instances) -> None:
@@ -213,6 +213,19 @@ def _fit(image: Image, height: int, width: int) -> Image:
     canvas = np.zeros((height, width, 3), dtype=np.uint8)
     canvas[: size[1], : size[0]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return canvas
+
+
+@contextlib.contextmanager
+def _opening(path: Path, folder: bool = False) -> Iterator[None]:
+    """Refuse what cannot take the name `path` in the end, and turn what the system or FFmpeg says about it into a sentence."""
+    import av
+
+    try:
+        if path.exists() and path.is_dir() != folder:
+            raise InputError(f"{path} is a {'file' if path.is_file() else 'folder'} already; choose another place.")
+        yield
+    except (OSError, av.FFmpegError) as error:
+        raise unwritable(path, OSError(error.errno, error.strerror)) from error
 
 
 @contextlib.contextmanager

@@ -125,10 +125,10 @@ def _file_name(image: Mapping[str, Any]) -> str:
 
 def _judgeable(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
     images = [
-        {**image, "file_name": _file_name(image), **{key: image[key] for key in ("id", "height", "width")}} for image in raw["images"]
+        {**image, "file_name": _file_name(image), **{key: int(image[key]) for key in ("id", "height", "width")}} for image in raw["images"]
     ]
-    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in images}
-    categories = [dict(category) for category in raw["categories"]]
+    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    categories = [{**category, "id": int(category["id"])} for category in raw["categories"]]
     known = {category["id"]: str(category["name"]) for category in categories}
     kept, left_out = [], dict.fromkeys(("unknown image", "unknown class", "empty mask"), 0)
     for annotation in raw["annotations"]:

@@ -196,7 +196,8 @@ def _write(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], 
 
 def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not Path(path).is_file():
-        raise InputError(f"{path} does not exist: give the path of a {kind} that `dynamask train` wrote.")
+        fault = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise InputError(f"{path} {fault}: give the path of a {kind} that `dynamask train` wrote.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

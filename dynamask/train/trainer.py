@@ -49,7 +49,7 @@ from dynamask.train.log import ProgressReport, RunLog, losses_by_epoch, read_lin
 from dynamask.train.schedule import Schedule, StepSampler
 from dynamask.weights import load_weights
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import atomic_path, write_json
+from runtime.files import atomic_path, check_folder, write_json
 
 UNIFORM_GRIDS = (14, 112)
 """Grids that the finished model is also judged at, beside the routed one."""
@@ -83,8 +83,8 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
         grid), `skipped` (images), `checkpoint`, `best`, `seconds`.
 
     Raises:
-        InputError: the output folder holds another run, there is nothing to resume, the data cannot be used, more than a tenth of the
-            images is broken, or the batch cannot be shared by the processes.
+        InputError: the output folder holds another run or cannot be written, there is nothing to resume, the data cannot be used, the
+            schedule has no step, more than a tenth of the images is broken, or the batch cannot be shared by the processes.
         DynaMaskError: a loss or gradient is not finite or diverges, a file cannot be written, or another process of the run has died; the
             last checkpoint is kept.
     """
@@ -97,7 +97,10 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
                 f"--set it to a multiple of {world.size}."
             )
         state = _state_to_resume(config, output, resume or (world.restarted and (output / "state.safetensors").exists()))
-        run = _Run.prepared(config, output, state, report, interruption, world)
+        run = Run.prepared(config, output, state, report, interruption, world)
+        if run.schedule.total_steps == 0:
+            epochs = config.train.warm_epochs + config.train.epochs + config.train.switch_epochs
+            raise InputError(f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.epochs or lower train.batch.")
         try:
             return run.to_the_end()
         except RuntimeError as error:
@@ -110,7 +113,7 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
 
 @dataclass
-class _Interruption:
+class Interruption:
     """Set by the first SIGINT or SIGTERM."""
 
     requested: bool = False
@@ -137,7 +140,7 @@ class _LossWatch:
 
 
 @dataclass
-class _Run:
+class Run:
     """One run, between two of its steps."""
 
     config: Config
@@ -149,7 +152,7 @@ class _Run:
     train_set: TrainingItems
     val_set: LabelledDataset
     report: ProgressReport
-    interruption: _Interruption
+    interruption: Interruption
     world: World
     step: int = 0
     seconds: float = 0.0
@@ -160,8 +163,8 @@ class _Run:
 
     @classmethod
     def prepared(
-        cls, config: Config, output: Path, state: TrainingState | None, report: ProgressReport, interruption: _Interruption, world: World
-    ) -> _Run:
+        cls, config: Config, output: Path, state: TrainingState | None, report: ProgressReport, interruption: Interruption, world: World
+    ) -> Run:
         """Data, model and optimiser, at the beginning or where `state` left off."""
         train_set, val_set = _train_set(config), validation_set(config)
         if train_set.classes != val_set.classes:
@@ -209,12 +212,12 @@ class _Run:
         try:
             self.report.start(self.step, self.schedule.total_steps)
             model = self._parallel()
-            for images, targets in self._batches():
+            for images, targets in self.batches():
                 self._evaluate_if_due(log)
                 if self.world.any(self.interruption()):
                     break
                 self._note_skipped([entry for target in targets for entry in target["skipped"]], log)
-                record = self._take_step(model, images, targets)
+                record = self.take_step(model, images, targets)
                 self.seconds = time.monotonic() - started
                 if log is not None:
                     log.step({**record, "seconds": round(self.seconds, 3)})
@@ -235,7 +238,8 @@ class _Run:
             return self.model
         return DistributedDataParallel(self.model, broadcast_buffers=False, find_unused_parameters=True)
 
-    def _batches(self) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
+    def batches(self) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
+        """The batches of the steps that are left, as the loader reads them: images `[B, 3, H, W] float32`, and a target an image."""
         workers = self.config.data.workers
         loader = DataLoader(
             self.train_set,
@@ -248,7 +252,7 @@ class _Run:
         )
         yield from loader
 
-    def _take_step(self, model: nn.Module, images: Tensor, targets: list[dict[str, Any]]) -> dict[str, Any]:
+    def take_step(self, model: nn.Module, images: Tensor, targets: list[dict[str, Any]]) -> dict[str, Any]:
         """One step of SGD; returns its record, with `step` counted from 1 and the losses of the whole batch."""
         device, rate = self.world.device, self.schedule.rate(self.step)
         torch.manual_seed(self.schedule.seed(self.step, self.world.rank))
@@ -445,6 +449,7 @@ def _state_to_resume(config: Config, output: Path, resume: bool) -> TrainingStat
     if not resume:
         if path.exists():
             raise InputError(f"{output} already holds a run: pass --resume to go on with it, or choose another --output.")
+        check_folder(output)
         return None
     if not path.exists():
         raise InputError(f"{path} does not exist: there is nothing to resume; leave --resume out to begin.")
@@ -534,9 +539,9 @@ def _mask_ap(entry: dict[str, Any]) -> float:
 
 
 @contextlib.contextmanager
-def _interruption() -> Iterator[_Interruption]:
+def _interruption() -> Iterator[Interruption]:
     """The first SIGINT or SIGTERM sets the flag; a second one acts as it would have without us."""
-    flag = _Interruption()
+    flag = Interruption()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield flag
         return

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime.bundle import MODEL, Bundle, EngineEntry, Profile
+from runtime.bundle import MANIFEST, MODEL, Bundle, EngineEntry, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.instances import GRIDS
 from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, slot_overrides
@@ -43,7 +43,7 @@ class OnnxRuntimeEngine:
         """Load the engine; `threads` per session, None for all cores.
 
         Raises:
-            InputError: the engine is not built, is damaged, or this ONNX Runtime cannot load it.
+            InputError: the engine is not built, is damaged or not the one that the manifest describes, or this ONNX Runtime cannot load it.
         """
         bundle.engine(TARGET)
         self.manifest = bundle.manifest
@@ -54,6 +54,13 @@ class OnnxRuntimeEngine:
         # Threads that wait spin by default, and take the cores from the other session, the decoder and the encoder.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._detector, self._masks = (_session(bundle, name, options) for name in (DETECTOR, MASKS))
+        shapes = {value.name: value.shape for session in (self._detector, self._masks) for value in session.get_inputs()}
+        height, width = self.manifest.canvas
+        if shapes["image"] != [1, 3, height, width] or shapes["grid_override"] != [self.manifest.detections]:
+            raise InputError(
+                f"{bundle.path / MANIFEST} says a canvas of {height}x{width} and {self.manifest.detections} detections, and the engine "
+                f"takes {shapes['image']} and {shapes['grid_override']}: export the bundle again."
+            )
 
     def __enter__(self) -> OnnxRuntimeEngine:
         return self

@@ -28,6 +28,7 @@ COMMANDS = [
     ["bench", "routing"],
     ["bench", "latency"],
     ["bench", "kernels"],
+    ["bench", "training"],
     ["data", "shapes"],
     ["data", "prepare"],
     ["flops"],
@@ -85,12 +86,21 @@ def test_wrong_call_is_one_sentence_and_status_2(arguments: list[str], capsys: p
     assert captured.err.endswith(".\n")
 
 
+def test_a_result_that_has_no_place_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for path, reason in ((tmp_path / "file" / "a.json", "a part of its path is a file"), (tmp_path, "it is a folder")):
+        assert cli.main.main(["doctor", "--json", str(path)]) == 2
+        assert capsys.readouterr().err == f"{path} could not be written ({reason}): nothing was replaced; choose another place.\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
         (InputError("a.png is empty: take another file."), 2),
         (DynaMaskError("The disk is full."), 1),
         (OSError(28, "No space left on device", "a.mp4"), 1),
+        (PermissionError(13, "Permission denied", "model.onnx"), 1),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 1),
         (ZeroDivisionError("division by zero"), 1),
         (KeyboardInterrupt(), 130),
@@ -104,6 +114,11 @@ def test_error_is_one_sentence_and_its_status(
     written = capsys.readouterr().err
     assert written.count("\n") == 1
     assert "Traceback" not in written
+
+
+def test_a_file_that_the_system_refuses_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_raising(monkeypatch, PermissionError(13, "Permission denied", "model.onnx"))
+    assert "model.onnx could not be read or written (Permission denied): check" in capsys.readouterr().err
 
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from dynamask.data.coco import CocoDataset
 from dynamask.data.shapes import ShapesDataset, write_dataset
 from runtime.errors import InputError
 
-COCO_MINI = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_mini"
 SQUARE = [[2, 3, 12, 3, 12, 9, 2, 9]]
 
 
@@ -146,10 +145,10 @@ def test_written_shapes_are_read_back_as_drawn(tmp_path):
             np.testing.assert_array_equal(target[key], truth[key])
 
 
-@pytest.mark.skipif(not COCO_MINI.exists(), reason="coco_mini is not beside the checkout")
-def test_real_annotations_decode_as_pycocotools_decodes_them():
-    path = COCO_MINI / "annotations" / "instances_val.json"
-    dataset, reference = CocoDataset(path, COCO_MINI / "val"), COCO(str(path))
+def test_real_annotations_decode_as_pycocotools_decodes_them(shared_data):
+    mini = shared_data / "coco_mini"
+    path = mini / "annotations" / "instances_val.json"
+    dataset, reference = CocoDataset(path, mini / "val"), COCO(str(path))
     assert len(dataset) == 80
     for index in range(0, 80, 16):
         _, target = dataset[index]

@@ -16,29 +16,17 @@ from dynamask.data.lvis import lvis_v1
 from dynamask.data.miniatures import HEIGHT, IMAGES, WIDTH, write_miniature
 from dynamask.train import trainer
 from runtime.errors import InputError
+from tests.tiny import TINY
 
 OPENERS: dict[str, Any] = {"coco": coco_2017, "lvis": lvis_v1, "cityscapes": CityscapesDataset}
-TINY = {
-    "weights": "none",
-    "model.canvas": [64, 64],
-    "model.fpn_channels": 16,
-    "model.stage_channels": [16, 8, 8, 8],
-    "model.box_features": 16,
-    "model.anchor_sizes": [8, 16, 32, 64, 128],
-    "model.proposals_training": 50,
-    "model.proposals_per_level": 20,
-    "model.proposals": 20,
-    "model.rois_per_image": 16,
-    "model.mask_rois_per_image": 4,
-    "model.detections": 5,
+FIELDS = {
+    **TINY,
     "model.class_agnostic_largest": True,
     "train.batch": 3,
     "train.warm_epochs": 0.5,
     "train.epochs": 0.5,
     "train.drops": [],
     "train.warmup_steps": 2,
-    "train.evaluate_every": 0,
-    "train.evaluate_images": 1,
 }
 
 
@@ -51,7 +39,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def tiny(kind: str, root: Path | None, **more: Any) -> Config:
-    return load_config("lite0-coco", TINY | {"data.kind": kind, "data.root": root and str(root)} | more)
+    return load_config("lite0-coco", FIELDS | {"data.kind": kind, "data.root": root and str(root)} | more)
 
 
 @pytest.mark.parametrize("kind", OPENERS)

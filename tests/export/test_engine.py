@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from export.lowering import lower
 from export.precision import to_fp16
 from export.seams import FACTS
 from export.serialized_engine import build_serialized
-from runtime.bundle import MODEL, Bundle, Manifest, Profile
+from runtime.bundle import MANIFEST, MODEL, Bundle, Manifest, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.targets.base import open_engine
 from runtime.targets.tensorrt import ENGINE
@@ -227,6 +228,17 @@ def test_a_graph_of_an_earlier_version_is_refused(portable: onnx.ModelProto, mod
     folder = create_bundle(tmp_path, earlier, model)
     with pytest.raises(InputError, match=f"{FACTS}.*export the bundle again"):
         build_engine(folder, "tensorrt-rtx")
+
+
+def test_a_manifest_of_another_graph_is_refused(portable: onnx.ModelProto, model: DynaMask, tmp_path: Path) -> None:
+    other = create_bundle(tmp_path, portable, model)
+    build_engine(other, "onnxruntime")
+    manifest = json.loads((other / MANIFEST).read_text())
+    (other / MANIFEST).write_text(json.dumps(manifest | {"canvas": [160, 160]}))
+    with pytest.raises(InputError, match=r"manifest\.json says a canvas of \(160, 160\).*export the bundle again"):
+        build_engine(other, "tensorrt-rtx")
+    with pytest.raises(InputError, match=r"manifest\.json says a canvas of 160x160.*export the bundle again"):
+        open_engine(Bundle.open(other), "onnxruntime")
 
 
 @pytest.mark.parametrize(

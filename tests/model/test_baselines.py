@@ -20,24 +20,16 @@ from dynamask.data.shapes import ShapesDataset
 from dynamask.fam import FUSIONS, AdditiveFusion, AlignedFusion, ConvolutionFusion, FeatureAggregation
 from dynamask.flops import grid_gmacs, image_gmacs, msm_gmacs
 from dynamask.inference import predict
+from dynamask.mask_targets import grid_targets
 from dynamask.model import DynaMask, MaskBranch, build_model
 from dynamask.rfpn import RegionFPN
 from dynamask.train.checkpoint import load_model
 from runtime.errors import InputError
 from runtime.preprocess import letterbox_normalise
+from tests.tiny import TINY
 
-TINY = {
-    "model.canvas": [64, 64],
-    "model.fpn_channels": 16,
-    "model.stage_channels": [16, 8, 8, 8],
-    "model.box_features": 16,
-    "model.anchor_sizes": [8, 16, 32, 64, 128],
-    "model.proposals_training": 50,
-    "model.proposals_per_level": 20,
-    "model.proposals": 20,
-    "model.rois_per_image": 16,
-    "model.mask_rois_per_image": 4,
-    "model.detections": 5,
+FIELDS = {
+    **TINY,
     "model.score_threshold": 0.0,
 }
 CLASSES = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
@@ -50,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def variant(name: str) -> DynaMask:
     torch.manual_seed(0)
-    return build_model(load_config("lite0-shapes", TINY | VARIANTS[name]), CLASSES)
+    return build_model(load_config("lite0-shapes", FIELDS | VARIANTS[name]), CLASSES)
 
 
 def maskrcnn_branch(grid: int, model: ModelConfig = R50) -> MaskBranch:
@@ -109,7 +101,8 @@ def test_its_loss_is_torchvisions() -> None:
     truth = {**target(), "masks": torch.stack([torch.ones(64, 64), torch.zeros(64, 64)]).to(torch.uint8)}
     pyramid = model.backbone(torch.randn(1, 3, 64, 64))
     rois = torch.cat([torch.zeros(2, 1), truth["boxes"]], dim=1)
-    loss = model._one_grid_loss(model.mask_branch.heads, pyramid, rois, truth["labels"] - 1, truth["masks"])["loss_mask"]
+    targets = grid_targets(truth["masks"], rois)
+    loss = model._one_grid_loss(model.mask_branch.heads, pyramid, rois, truth["labels"] - 1, targets)["loss_mask"]
     features = model.mask_branch.heads.upsample(model.mask_branch.rfpn.tiny(model.mask_branch.region(pyramid, rois)))
     every = model.mask_branch.heads.masks(F.relu(features))
     peer = maskrcnn_loss(every, [truth["boxes"]], [truth["masks"]], [truth["labels"] - 1], [torch.arange(2)])

@@ -90,6 +90,17 @@ def test_targets_of_an_aligned_rectangle_are_exact_at_every_grid() -> None:
         torch.testing.assert_close(target[0], wanted)
 
 
+def test_rois_that_share_a_mask_get_the_targets_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(5, 64, 96, generator=generator).gt(0.6).to(torch.uint8)
+    matched = torch.tensor([3, 0, 3, 4, 0, 3])
+    corners = torch.rand(6, 2, generator=generator) * 40
+    rois = torch.cat([torch.tensor([[0.0], [0], [0], [1], [1], [1]]), corners, corners + 20], dim=1)
+    for shared, own in zip(grid_targets(masks, rois, matched), grid_targets(masks[matched], rois), strict=True):
+        assert torch.equal(shared, own)
+        assert 0 < shared.mean() < 1
+
+
 def test_targets_agree_with_torchvisions_rasterisation() -> None:
     torch.manual_seed(0)
     rows, columns = torch.meshgrid(torch.arange(100), torch.arange(100), indexing="ij")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, check_replaceable
 from runtime.errors import DynaMaskError, InputError
+from runtime.predictor import load
+from runtime.targets.onnxruntime import build
 
 
 @pytest.fixture
@@ -42,6 +45,38 @@ def test_what_is_no_bundle_is_refused(tmp_path):
     for content in ("no JSON", "[]", '"text"', '{"schema_version": 1}'):
         (tmp_path / "manifest.json").write_text(content)
         refused(tmp_path, "manifest.json", "export the bundle again")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"std": [0.2, 0.0, 0.2]}, {"mean": [0.5, float("nan"), 0.5]}, {"grids": [14, 28, 56]}, {"classes": []}, {"canvas": [65, 64]}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_manifest_that_no_model_can_have_is_refused(bundle, fields):
+    change(bundle, **fields)
+    refused(bundle.path, "manifest.json", next(iter(fields)), "export the bundle again")
+
+
+def test_a_class_that_the_manifest_lacks_is_no_index_error(tmp_path, synthetic):
+    bundle = synthetic.create(tmp_path / "a.bundle", classes=[{"id": 1, "name": "leaf"}])  # the graph finds two
+    build(bundle)
+    with (
+        load(bundle, "onnxruntime", threads=1) as predictor,
+        pytest.raises(InputError, match=r"a\.bundle has 1 classes .* class 1; export"),
+    ):
+        predictor(np.full((128, 96, 3), 255, np.uint8))
+
+
+def test_a_place_where_no_bundle_can_be_is_refused_before_it_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "a.bundle", r"because of .*file \(it is a file\)"),
+        (tmp_path, "not a bundle"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            check_replaceable(path)
+    check_replaceable(tmp_path / "new" / "a.bundle")
 
 
 def test_a_newer_schema_is_refused(bundle):

@@ -54,7 +54,6 @@ def test_coco_results_hold_the_class_ids_and_the_masks():
 
 
 def test_supervision_gets_the_same():
-    pytest.importorskip("supervision")
     instances = found()
     detections = instances.to_supervision()
     np.testing.assert_array_equal(detections.xyxy, instances.boxes)
@@ -67,5 +66,4 @@ def test_supervision_gets_the_same():
 def test_nothing_found_works_everywhere():
     nothing = found()[:0]
     assert len(nothing) == 0 and nothing.masks.shape == (0, 60, 80) and nothing.to_coco(1) == [] and list(nothing.crops()) == []
-    pytest.importorskip("supervision")
     assert len(nothing.to_supervision()) == 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as coco_mask
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from runtime.paste import encode_crop, mask_crop
 
@@ -32,7 +34,6 @@ def full(crop, height=HEIGHT, width=WIDTH):
 
 def sampled(logits, box):
     """The probability at every pixel of the image, as Detectron2 samples it."""
-    torch = pytest.importorskip("torch")
     x0, y0, x1, y1 = box.astype(np.float64)
     x = (torch.arange(WIDTH, dtype=torch.float64) + 0.5 - x0) / (x1 - x0) * 2 - 1
     y = (torch.arange(HEIGHT, dtype=torch.float64) + 0.5 - y0) / (y1 - y0) * 2 - 1
@@ -55,9 +56,6 @@ def test_a_crop_is_where_the_sampled_probability_exceeds_a_half(grid):
 
 
 def test_crops_agree_with_torchvision():
-    torch = pytest.importorskip("torch")
-    from torchvision.models.detection.roi_heads import paste_masks_in_image
-
     y, x = np.mgrid[:28, :28] - 13.5
     logits = (11 - np.hypot(y, x)).astype(np.float32)
     # Large, because torchvision rounds boxes to whole pixels and counts the last one in.

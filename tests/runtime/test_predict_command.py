@@ -82,6 +82,11 @@ def test_the_grid_is_chosen(bundle, photo, tmp_path, grid, expected):
     assert {detection["grid"] for detection in record["detections"]} == expected
 
 
+def test_a_budget_with_a_fixed_grid_is_refused(bundle, photo):
+    result = run("predict", bundle, photo, "--grid", "28", "--budget", "0.1")
+    assert isinstance(result.exception, InputError) and "--budget 0.1 is for --grid routed" in str(result.exception)
+
+
 def test_a_bad_image_is_named_and_the_others_still_run(bundle, photo, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     result = run("predict", bundle, tmp_path / "bad.png", photo, "--json", tmp_path / "found.json")

@@ -152,8 +152,15 @@ def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> No
         VideoSink(tmp_path / "out.avi", 10)
     (tmp_path / "file").touch()
     for make in (lambda: VideoSink(tmp_path / "file" / "a.mp4", 10), lambda: JsonLinesSink(tmp_path / "file" / "a.jsonl")):
-        with pytest.raises(DynaMaskError, match="could not be written"):
+        with pytest.raises(InputError, match=r"could not be written .* is a file.*: nothing was replaced"):
             make()
+    (tmp_path / "folder.mp4").mkdir()
+    for make in (lambda: VideoSink(tmp_path / "folder.mp4", 10), lambda: JsonLinesSink(tmp_path / "folder.mp4")):
+        with pytest.raises(InputError, match="is a folder already"):
+            make()
+    with pytest.raises(InputError, match="is a file already"):
+        FolderSink(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
 
 
 def test_a_video_without_frames_leaves_no_file(tmp_path: Path) -> None:

@@ -240,6 +240,30 @@ def test_several_sources_of_one_name_get_files_of_their_own(tmp_path: Path, fake
     assert [stream["frames"] for stream in json.loads((tmp_path / "r.json").read_text())["streams"]] == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["in.mp4", "gone.mp4"], "gone.mp4 does not exist"),
+        (["in.mp4", "--output", "o.mp4", "--jsonl", "o.mp4"], "o.mp4 is given for two outputs"),
+        (["in.mp4", "--budget", "0.1", "--grid", "uniform-14"], "--grid uniform-14 leaves it nothing to choose"),
+        (["in.mp4", "--budget", "0.1", "--grid", "routed@50%"], "--grid routed@50% leaves it nothing to choose"),
+    ],
+)
+def test_a_call_that_contradicts_itself_writes_nothing(
+    tmp_path: Path,
+    fake_bundle: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "in.mp4", frames=3)
+    assert main(["stream", "bundle", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
 def test_a_source_is_never_written_over(tmp_path: Path, fake_bundle: None, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_video(tmp_path / "in.mp4", frames=3)
     before = source.read_bytes()

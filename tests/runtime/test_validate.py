@@ -203,6 +203,9 @@ def test_data_sets_that_do_not_fit_are_refused(data, boxes):
     _write(data, {**truth, "images": []})
     with pytest.raises(InputError, match="holds no images"):
         read_coco(data)
+    _write(data, {**truth, "categories": [{"id": "one", "name": "star"}]})
+    with pytest.raises(InputError, match=r"is not a COCO data set .*'one'"):
+        read_coco(data)
     _write(data, [1, 2])
     with pytest.raises(InputError, match="is not a COCO data set"):
         read_coco(data)

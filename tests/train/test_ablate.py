@@ -20,36 +20,24 @@ from dynamask.config import GRIDS
 from dynamask.train import trainer
 from dynamask.train.log import RunLog
 from runtime.errors import InputError
+from tests.tiny import TINY
 
 PLANS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
-TINY = {
-    "weights": "none",
-    "model.canvas": [64, 64],
-    "model.fpn_channels": 16,
-    "model.stage_channels": [16, 8, 8, 8],
-    "model.box_features": 16,
-    "model.anchor_sizes": [8, 16, 32, 64, 128],
-    "model.proposals_training": 50,
-    "model.proposals_per_level": 20,
-    "model.proposals": 20,
-    "model.rois_per_image": 16,
-    "model.mask_rois_per_image": 4,
-    "model.detections": 5,
+FIELDS = {
+    **TINY,
     "data.shapes_train": 2,
     "data.shapes_val": 1,
     "data.workers": 0,
     "train.batch": 2,
     "train.warm_epochs": 1,
     "train.epochs": 1,
-    "train.evaluate_every": 0,
-    "train.evaluate_images": 1,
 }
 MASK_RCNN = {"name": "Mask R-CNN 28", "set": {"model.mask_head": "maskrcnn", "model.mask_grid": 28}}
 
 
 def write(folder: Path, **fields: Any) -> Path:
     plan = folder / "plan.yaml"
-    plan.write_text(yaml.safe_dump({"base": "lite0-shapes", "set": TINY, **fields}))
+    plan.write_text(yaml.safe_dump({"base": "lite0-shapes", "set": FIELDS, **fields}))
     return plan
 
 
@@ -158,15 +146,15 @@ def test_a_row_from_another_trains_nothing_and_nothing_is_judged_twice(tmp_path:
     assert table["rows"][1]["training_seconds"]["mean"] is None
 
     (tmp_path / "out" / "dynamask" / "seed-0" / "metrics.json").unlink()
-    run_plan(write(tmp_path, set={**TINY, "train.evaluate_images": 2}, rows=rows[:1]), tmp_path / "out", quiet=True)
+    run_plan(write(tmp_path, set={**FIELDS, "train.evaluate_images": 2}, rows=rows[:1]), tmp_path / "out", quiet=True)
     assert len(untrained) == 2 and judged[2:] == [("routed", 0.0, -1)]  # other images: judged again
 
 
 def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path, trained: list[str], judged: list[Any]) -> None:
     run_plan(write(tmp_path, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
     with pytest.raises(InputError, match=r"train\.rate"):
-        run_plan(write(tmp_path, set={**TINY, "train.rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
-    longer = run_plan(write(tmp_path, set={**TINY, "train.epochs": 2}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+        run_plan(write(tmp_path, set={**FIELDS, "train.rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    longer = run_plan(write(tmp_path, set={**FIELDS, "train.epochs": 2}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
     assert longer["complete"] and trained[-1].endswith("again")
     assert json.loads((tmp_path / "out" / "mask-r-cnn-28" / "seed-0" / "metrics.json").read_text())["steps"] == 3
 
@@ -202,6 +190,13 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes | None) -> No
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"plan\.yaml"):
         read_plan(path)
+
+
+def test_an_output_that_is_no_folder_is_refused(tmp_path: Path, untrained: list[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file cannot be made or written .*: choose another folder"):
+        run_plan(write(tmp_path, rows=[MASK_RCNN]), tmp_path / "file", quiet=True)
+    assert not untrained
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)

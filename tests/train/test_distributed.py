@@ -19,7 +19,7 @@ from dynamask.train.checkpoint import load_state
 from dynamask.train.trainer import train
 from runtime.errors import InputError
 from tests.train.gradients import gradients
-from tests.train.test_trainer import TINY, tiny
+from tests.train.test_trainer import FIELDS, tiny
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -41,7 +41,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path: 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_resuming_finishes_it(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    fields = {**TINY, "train.epochs": 40, "train.checkpoint_every": 1}
+    fields = {**FIELDS, "train.epochs": 40, "train.checkpoint_every": 1}
     settings = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
     command = [*TORCHRUN, "-m", "cli.main", "train", "--config", "lite0-shapes", "--output", str(output), *settings]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as run:

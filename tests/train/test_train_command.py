@@ -22,6 +22,7 @@ RESULT = {
     "checkpoint": "m.safetensors",
     "ap_by_epoch": [{"epoch": 1.0, "segm": {"AP": 12.34}, "bbox": {"AP": None}}],
     "uniform": None,
+    "interrupted": False,
 }
 
 
@@ -37,10 +38,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Path, bool]]:
     return seen
 
 
-def run(*arguments: str) -> Any:
+def run(*arguments: str, catch: bool = True) -> Any:
     app = typer.Typer()
     app.command()(train)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=catch)
 
 
 def test_options_change_the_configuration(tmp_path: Path, calls: list[tuple[Config, Path, bool]]) -> None:
@@ -56,6 +57,13 @@ def test_options_change_the_configuration(tmp_path: Path, calls: list[tuple[Conf
     assert json.loads((tmp_path / "result.json").read_text()) == RESULT
 
 
+def test_what_ctrl_c_ended_has_the_status_of_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "train", lambda *_: {**RESULT, "interrupted": True})
+    result = run("--config", "lite0-shapes", "--output", str(tmp_path / "run"), "--json", str(tmp_path / "result.json"))
+    assert result.exit_code == 130
+    assert "3 of 3 steps" in result.stdout and (tmp_path / "result.json").exists()
+
+
 def test_resuming_takes_the_configuration_of_the_run(tmp_path: Path, calls: list[tuple[Config, Path, bool]]) -> None:
     (tmp_path / "config.yaml").write_text("train: {epochs: 7}\n")
     assert run("--output", str(tmp_path), "--resume").exit_code == 0
@@ -64,6 +72,41 @@ def test_resuming_takes_the_configuration_of_the_run(tmp_path: Path, calls: list
 
 def test_a_configuration_must_be_named(tmp_path: Path) -> None:
     assert isinstance(run("--output", str(tmp_path)).exception, InputError)
+
+
+def test_resuming_a_run_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere holds no run to go on with"):
+        run("--output", str(tmp_path / "nowhere"), "--resume", catch=False)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("train.batch", "0"),
+        ("train.epochs", "-1"),
+        ("train.rate", ".nan"),
+        ("train.drops", "[-1]"),
+        ("data.workers", "-1"),
+        ("model.score_threshold", "2"),
+        ("model.stage_channels", "[0, 8, 8, 8]"),
+        ("model.no_such", "1"),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_refused_by_name(field: str, value: str, tmp_path: Path, calls: list[Any]) -> None:
+    with pytest.raises(InputError, match=rf"^lite0-shapes: {field}.*given: .*config\.py says") as caught:
+        run("--config", "lite0-shapes", "--output", str(tmp_path), "--set", f"{field}={value}", catch=False)
+    assert "\n" not in str(caught.value) and not calls
+
+
+def test_fields_that_contradict_each_other_are_not_quoted_whole(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^lite0-shapes: model: canvas \(100, 100\) must be multiples of 32, 64 at least; [^{]*$"):
+        run("--config", "lite0-shapes", "--output", str(tmp_path), "--set", "model.canvas=[100, 100]", catch=False)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"run cannot be made or written because of .*file \(it is a file\)"):
+        run("--config", "lite0-shapes", "--output", str(tmp_path / "file" / "run"), "--weights", "imagenet", catch=False)
 
 
 @pytest.mark.parametrize("assignment", ["train.epochs", "=3", "train.epochs=[1"])

@@ -18,20 +18,10 @@ from dynamask.train import trainer
 from dynamask.train.checkpoint import load_checkpoint, load_model, load_state
 from dynamask.train.log import RunLog
 from runtime.errors import DynaMaskError, InputError
+from tests.tiny import TINY
 
-TINY = {
-    "weights": "none",
-    "model.canvas": [64, 64],
-    "model.fpn_channels": 16,
-    "model.stage_channels": [16, 8, 8, 8],
-    "model.box_features": 16,
-    "model.anchor_sizes": [8, 16, 32, 64, 128],
-    "model.proposals_training": 50,
-    "model.proposals_per_level": 20,
-    "model.proposals": 20,
-    "model.rois_per_image": 16,
-    "model.mask_rois_per_image": 4,
-    "model.detections": 5,
+FIELDS = {
+    **TINY,
     "data.shapes_train": 6,
     "data.shapes_val": 1,
     "data.workers": 0,
@@ -40,14 +30,12 @@ TINY = {
     "train.warm_epochs": 1,
     "train.epochs": 1,
     "train.warmup_steps": 2,
-    "train.evaluate_every": 0,
-    "train.evaluate_images": 1,
     "train.pictures": 0,
 }
 
 
 def tiny(**overrides: Any) -> Config:
-    return load_config("lite0-shapes", TINY | {name.replace("__", "."): value for name, value in overrides.items()})
+    return load_config("lite0-shapes", FIELDS | {name.replace("__", "."): value for name, value in overrides.items()})
 
 
 class StandIn(nn.Module):
@@ -186,6 +174,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     with pytest.raises(DynaMaskError, match=r"Step 4: a loss is not finite \(.*loss_budget nan"):
         trainer.train(tiny(), tmp_path, quiet=True)
     assert load_checkpoint(tmp_path / "model.safetensors").extra["step"] == 3
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_schedule_without_a_step_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^0\.1 epochs come to no step of 2 images: raise train\.epochs"):
+        trainer.train(tiny(train__warm_epochs=0, train__epochs=0.1), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +26,8 @@ from dynamask.train import trainer
 from dynamask.train.checkpoint import load_checkpoint
 from dynamask.train.schedule import Schedule, StepSampler
 from runtime.errors import DynaMaskError, InputError
+from tests.train.test_distributed import ENVIRONMENT, TORCHRUN
 from tests.train.test_trainer import StandIn, lines, losses, stand_in, stop_after, tiny, unjudged  # noqa: F401  (fixtures)
-
-ROOT = Path(__file__).parents[2]
 
 
 def altered(monkeypatch: pytest.MonkeyPatch, steps: range, change: Any) -> None:
@@ -211,6 +208,7 @@ from unittest import mock
 import torch
 torch.set_num_threads(1)
 from dynamask.train import trainer
+from tests.train.test_distributed import ENVIRONMENT, TORCHRUN
 from tests.train.test_trainer import StandIn, tiny
 forward, calls = StandIn.forward, 0
 def poisoned(self, images, targets):
@@ -232,9 +230,8 @@ with mock.patch.object(trainer, "build_model", StandIn), mock.patch.object(Stand
 def test_two_processes_skip_alike_and_stop_together(tmp_path: Path, images: Path) -> None:
     fields, output, alone = broken(images, tmp_path / "data", 3), tmp_path / "two", tmp_path / "one"
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(output), json.dumps(fields)], check=True, env=environment, capture_output=True, timeout=600)
+    command = [*TORCHRUN, str(tmp_path / "script.py"), str(output), json.dumps(fields)]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, timeout=600)
     assert (output / "said-0").read_text() == (output / "said-1").read_text()
     assert "Step 17: a loss is not finite" in (output / "said-0").read_text()
 

@@ -1,0 +1,342 @@
+"""What a step of training costs beside torchvision's Mask R-CNN, and how much of it is waiting for images. All take turns in one run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from dynamask.config import PRESETS, Config, parse_config
+from dynamask.data.shapes import write_dataset
+from dynamask.distributed import World
+from dynamask.mask_targets import grid_targets
+from dynamask.model import DynaMask, batch_rois
+from dynamask.train.log import ProgressReport
+from dynamask.train.trainer import Interruption, Run
+from runtime.bench import machine, take_turns
+from runtime.errors import DynaMaskError, InputError
+
+PEER = "torchvision Mask R-CNN R50"
+PHASES = {"DynaMask, phase 1": 1, "DynaMask, phase 2": 2}
+TARGETS = "mask targets"
+CLASSES = 80
+POSITIVE_SHARE = 0.25
+"""Of the sampled RoIs; the same in both models."""
+JITTER = 0.08
+"""Of a box's side: a box with every edge moved by so much still overlaps the one it came from by 0.7."""
+RESIDUAL_SCALE = 0.2
+"""Of each residual branch: without trained norms the features of a random ResNet double in variance from block to block."""
+MEMORY_STEPS = 2
+"""The second step has the momentum of the first."""
+
+Batch = tuple[Tensor, list[dict[str, Any]]]
+
+
+def bench_training(
+    preset: str = "r50",
+    size: tuple[int, int] | None = None,
+    batch: int = 2,
+    device: str = "auto",
+    steps: int = 20,
+    warm_up: int = 5,
+    rois: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """A whole step (forward, backward, optimiser) of both phases, as the trainer takes it, and for `r50` of torchvision's Mask R-CNN.
+
+    All have the same canvases and targets (shapes, written in COCO format and read by the trainer's loader), RoIs, optimiser, precision and
+    random weights, those of the detector being equal. Boxes near the truths join the RPN's proposals, so that each image has its full share
+    of positives, as with a trained detector.
+
+    Args:
+        size: height and width of the canvas, pixels; the preset's by default.
+        batch: images.
+        device: `auto` (a GPU where there is one), `cpu` or `cuda`.
+        steps: timed, after `warm_up` that are not.
+        rois: sampled per image for the box head; the preset's by default. Those of the mask head change in proportion.
+        workers: processes that read images while the loader is measured.
+
+    Returns:
+        `step_ms` (medians by contender) and `ratio` (over the peer's); `peak_memory_mb` by contender, each in a process of its own: on a
+        GPU what its tensors take, on a CPU by how much the resident set grows, None where it cannot be read; `loader_wait`, the share of
+        a run's time (in phase 2) that is waiting for the batch; `targets_ms` and `targets_share` (of the step of phase 2) of the targets
+        at the four grids; and what was measured: `preset`, `canvas`, `batch`, `device`, `precision`, `rois` (of an image: `sampled`,
+        `positive`, `mask`, and `proposals`), `steps`, `warm_up`, `workers`, `machine`.
+
+    Raises:
+        InputError: there is no such preset or GPU, or the numbers make no sense.
+        DynaMaskError: the process of a contender died, or a loss is not finite.
+    """
+    if min(batch, steps, warm_up) < 1 or workers < 0:
+        raise InputError(
+            f"A batch of {batch}, {steps} steps, {warm_up} to warm up and {workers} workers measure nothing; "
+            "give 1 or more of each, workers 0 or more."
+        )
+    where = _device(device)
+    with tempfile.TemporaryDirectory(prefix="dynamask-bench-") as name:
+        config = _config(preset, size, batch, rois, workers, Path(name))
+        model = config.model
+        _write_images(Path(name), max(16, 2 * batch), model.canvas)
+        contenders = [*PHASES, *([PEER] if preset == "r50" else [])]
+        # Before this process holds models of its own.
+        memory = {contender: _apart(contender, config, where.type, Path(name)) for contender in contenders}
+        run = _prepared(config, where, Path(name))
+        times = _step_times(run, contenders, _first_batch(run), steps, warm_up)
+        wait = _loader_wait(run, steps, warm_up)
+    return {
+        "preset": preset,
+        "canvas": list(model.canvas),
+        "batch": batch,
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "precision": "float16, mixed" if run.scaler.is_enabled() else "float32",
+        "rois": {
+            "sampled": model.rois_per_image,
+            "positive": _positives(config),
+            "mask": model.mask_rois_per_image,
+            "proposals": model.proposals_training,
+        },
+        "steps": steps,
+        "warm_up": warm_up,
+        "step_ms": {contender: times[contender] for contender in contenders},
+        "ratio": {contender: times[contender] / times[PEER] for contender in PHASES if PEER in times},
+        "peak_memory_mb": memory,
+        "workers": workers,
+        "loader_wait": wait,
+        "targets_ms": times[TARGETS],
+        "targets_share": times[TARGETS] / times["DynaMask, phase 2"],
+        "machine": machine(),
+    }
+
+
+class MaskRCNNPeer(nn.Module):
+    """torchvision's `maskrcnn_resnet50_fpn` as it is trained (frozen batch norm, the frozen stages of ours), called as a DynaMask.
+
+    Made with neither weights, that function would build another model, which trains all stages and their batch norm. The canvases
+    go past its transform, which would normalise and resize.
+    """
+
+    def __init__(self, config: Config, classes: int) -> None:
+        super().__init__()
+        model = config.model
+        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=5 - model.frozen_stages)
+        self.model = MaskRCNN(
+            backbone,
+            num_classes=classes + 1,
+            rpn_pre_nms_top_n_train=model.proposals_training,
+            rpn_post_nms_top_n_train=model.proposals_training,
+            box_batch_size_per_image=model.rois_per_image,
+            box_positive_fraction=POSITIVE_SHARE,
+        )
+        self.phase = 2
+        self.statistics: dict[str, float] = {}
+
+    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Losses of a batch, its arguments as those of `DynaMask`."""
+        sizes = [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
+        features = self.model.backbone(images)
+        proposals, losses = self.model.rpn(ImageList(images, sizes), features, targets)
+        _, head_losses = self.model.roi_heads(features, proposals, sizes, targets)
+        return {**losses, **head_losses}
+
+
+def near_truths(boxes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Boxes `[count, 4]` that overlap truths `[G, 4]` by 0.7 or more, one truth after the other, and whose each is, `[count] int64`."""
+    matched = torch.arange(count if len(boxes) else 0, device=boxes.device) % max(len(boxes), 1)
+    chosen = boxes[matched]
+    sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)
+    shifts = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(0)).to(boxes) * 2 - 1
+    return chosen + JITTER * shifts * sides, matched
+
+
+def _config(preset: str, size: tuple[int, int] | None, batch: int, rois: int | None, workers: int, folder: Path) -> Config:
+    if preset not in PRESETS:
+        raise InputError(f"There is no preset {preset}: choose one of {', '.join(PRESETS)}.")
+    model = PRESETS[preset]
+    fields = model.model_dump(mode="json") | {"canvas": list(size or model.canvas)}
+    if rois is not None:
+        masks = model.mask_rois_per_image * rois // model.rois_per_image
+        if masks < 1:
+            raise InputError(
+                f"{rois} RoIs an image leave none for the mask head; give {model.rois_per_image // model.mask_rois_per_image} or more."
+            )
+        fields |= {"rois_per_image": rois, "mask_rois_per_image": masks}
+    files = {f"{part}_annotations": str(folder / "instances.json") for part in ("train", "val")}
+    folders = {f"{part}_images": str(folder / "images") for part in ("train", "val")}
+    data = {"kind": "coco", "workers": workers, **files, **folders}
+    train = {"batch": batch, "warm_epochs": 1, "epochs": 10_000}
+    return parse_config({"model": fields, "data": data, "train": train, "weights": "none"}, "The benchmark's configuration")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"{name} is no device to train on: give auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("PyTorch finds no GPU (dynamask doctor says why): give --device cpu.")
+    return torch.device(name)
+
+
+def _write_images(folder: Path, count: int, canvas: tuple[int, int]) -> None:
+    """Shapes in COCO format, with as many classes as COCO."""
+    path = write_dataset(folder, count, 0, *canvas)
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    used = {category["id"] for category in tree["categories"]}
+    spare = [number for number in range(1, CLASSES + len(used) + 1) if number not in used]
+    tree["categories"] += [{"id": number, "name": f"spare {number}"} for number in spare[: CLASSES - len(used)]]
+    path.write_text(json.dumps(tree), encoding="utf-8")
+
+
+def _positives(config: Config) -> int:
+    return int(POSITIVE_SHARE * config.model.rois_per_image)
+
+
+def _prepared(config: Config, device: torch.device, folder: Path) -> Run:
+    """A run of the trainer before its first step, with damped weights and its full share of positives."""
+    with ProgressReport(quiet=True) as report:
+        run = Run.prepared(config, folder, None, report, Interruption(), World(device=device))
+    for block in run.model.backbone.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            nn.init.constant_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight, RESIDUAL_SCALE)
+    _join_truths(run.model, config)
+    return run
+
+
+def _peer_of(run: Run) -> Run:
+    """The same run, of torchvision's model with the same detector."""
+    peer = MaskRCNNPeer(run.config, len(run.model.classes)).to(run.world.device)
+    own, shared = peer.model.state_dict(), run.model.state_dict()
+    peer.model.load_state_dict(own | {name: tensor for name, tensor in shared.items() if name in own})
+    _join_truths(peer.model, run.config)
+    weights = [parameter for parameter in peer.parameters() if parameter.requires_grad]
+    recipe = run.config.train
+    group = {"params": weights, "weight_decay": recipe.weight_decay, "rate_factor": 1.0}
+    optimizer = torch.optim.SGD([group], lr=0.0, momentum=recipe.momentum)
+    scaler = GradScaler(run.world.device.type, enabled=run.scaler.is_enabled())
+    return replace(run, model=cast(DynaMask, peer), optimizer=optimizer, scaler=scaler, loss_watch=type(run.loss_watch)())
+
+
+def _join_truths(model: Any, config: Config) -> None:
+    """Let boxes near the truths join what the RPN proposes: the random one's proposals hardly meet an instance."""
+    count = _positives(config)
+
+    def joined(module: nn.Module, inputs: tuple[Any, ...], output: tuple[list[Tensor], dict[str, Tensor]]) -> Any:
+        proposals, losses = output
+        return [torch.cat([near_truths(t["boxes"], count)[0], p]) for t, p in zip(inputs[2], proposals, strict=True)], losses
+
+    model.rpn.register_forward_hook(joined)
+
+
+def _first_batch(run: Run) -> Batch:
+    """The first of the batches, read by this process."""
+    fields = run.config.data.model_copy(update={"workers": 0})
+    return next(replace(run, config=run.config.model_copy(update={"data": fields})).batches())
+
+
+def _stepping(run: Run, phase: int, batch: Batch) -> Callable[[], None]:
+    """One step of that phase; always the same, so that each time the same RoIs are sampled."""
+
+    def step() -> None:
+        run.step = 0 if phase == 1 else run.schedule.warm_steps
+        run.take_step(run.model, *batch)
+        _await(run.world.device)
+
+    return step
+
+
+def _await(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _step_times(run: Run, contenders: Sequence[str], batch: Batch, steps: int, warm_up: int) -> dict[str, float]:
+    """Medians in milliseconds, of the contenders' steps and of the mask targets that a step makes."""
+    calls = {name: _stepping(_peer_of(run) if name == PEER else run, PHASES.get(name, 2), batch) for name in contenders}
+    calls[TARGETS] = _targets(run, batch[1])
+    return {name: statistics.median(times) for name, times in take_turns(calls, steps, warm_up).items()}
+
+
+def _targets(run: Run, targets: list[dict[str, Any]]) -> Callable[[], None]:
+    """The targets at four grids of a full share of positives."""
+    device, count = run.world.device, run.config.model.mask_rois_per_image
+    near = [near_truths(target["boxes"].to(device), count) for target in targets]
+    masks = [target["masks"].to(device) for target in targets]
+    rois = batch_rois([boxes for boxes, _ in near])
+    matched = torch.cat([sum(map(len, masks[:i])) + own for i, (_, own) in enumerate(near)])
+
+    def rasterise() -> None:
+        grid_targets(torch.cat(masks), rois, matched)
+        _await(device)
+
+    return rasterise
+
+
+def _loader_wait(run: Run, steps: int, warm_up: int) -> float:
+    """The share of the time of a run of phase 2 that is waiting for its batches."""
+    run.step = run.schedule.warm_steps
+    waits, busy = [], []
+    batches = run.batches()
+    for _ in range(warm_up + steps):
+        start = time.perf_counter()
+        batch = next(batches)
+        read = time.perf_counter()
+        run.take_step(run.model, *batch)
+        _await(run.world.device)
+        waits.append(read - start)
+        busy.append(time.perf_counter() - read)
+    waiting = sum(waits[warm_up:])
+    return waiting / (waiting + sum(busy[warm_up:]))
+
+
+def _apart(contender: str, config: Config, device: str, folder: Path) -> float | None:
+    """`_peak_memory` in a new process, so that no other contender's memory hides its own."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_peak_memory, contender, config, device, folder).result()
+    except BrokenProcessPool as error:
+        raise DynaMaskError(
+            f"The process of {contender} died, most likely for want of memory; give a smaller --size, --batch or --rois."
+        ) from error
+
+
+def _peak_memory(contender: str, config: Config, device: str, folder: Path) -> float | None:
+    """What a few steps of the contender take at most, with weights and momentum, in MB (1e6 bytes)."""
+    where = torch.device(device)
+    before = _peak_resident()
+    run = _prepared(config, where, folder)
+    batch = _first_batch(run)
+    if contender == PEER:
+        run = _peer_of(run)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    step = _stepping(run, PHASES.get(contender, 2), batch)
+    for _ in range(MEMORY_STEPS):
+        step()
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where) / 1e6
+    after = _peak_resident()
+    return None if before is None or after is None else (after - before) / 1e6
+
+
+def _peak_resident() -> int | None:
+    """The largest resident set of this process so far, in bytes, where Linux tells it. What `getrusage` tells may be the parent's."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    return next(1024 * int(line.split()[1]) for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
