@@ -153,6 +153,7 @@ def training_curves(log: Sequence[dict[str, Any]], evaluations: Sequence[dict[st
         precision.plot(
             [entry["epoch"] for entry in judged], [entry[name]["AP"] or 0.0 for entry in judged], "o-", markersize=3, label=label
         )
+    precision.set_visible(bool(judged))
     for axes, title in (
         (losses, "losses"),
         (rate, "learning rate"),
