@@ -133,7 +133,8 @@ class TrainConfig(_Strict):
     epochs: NotNegative = 12.0
     """Phase 2: all modules."""
     switch_epochs: NotNegative = 0.0
-    """Phase 3, ours: the MSM alone on frozen features, cheap steps for the module that learns slowest (docs/results/shapes.md)."""
+    """Phase 3, ours: the MSM alone on frozen features, cheap steps for the module that learns slowest, with 1 - IoU of each grid's mask in
+    place of its losses (docs/results/shapes.md)."""
     rate: Positive = 0.02
     """Learning rate at a batch of 16; scaled in proportion to the batch."""
     drops: tuple[NotNegative, ...] = (8.0, 11.0)

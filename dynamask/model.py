@@ -22,6 +22,7 @@ from dynamask.flops import grid_gmacs
 from dynamask.losses import (
     edge_target,
     grid_cross_entropy,
+    grid_errors,
     mask_branch_losses,
     mean_cost,
     switched_loss,
@@ -175,10 +176,17 @@ class DynaMask(nn.Module):
     def _grid_losses(
         self, heads: GridHeads, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, mask_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid."""
+        """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid.
+
+        In phase 3, where nothing but the switch learns: 1 - IoU of each grid's mask, and no edge loss.
+        """
         region = self.mask_branch.region(pyramid, rois)
         features = self.mask_branch.all_grids(pyramid, rois, region)
-        mask = grid_cross_entropy([heads.mask_logits(k, x, classes) for k, x in enumerate(features)], mask_targets)
+        logits = [heads.mask_logits(k, x, classes) for k, x in enumerate(features)]
+        if self.phase == 3:
+            error = grid_errors(logits, mask_targets[-1])
+            return region, error, torch.zeros_like(error)
+        mask = grid_cross_entropy(logits, mask_targets)
         edge_targets = [edge_target(t) for t in mask_targets]
         edge = grid_cross_entropy([heads.edge_logits(k, x) for k, x in enumerate(features)], edge_targets)
         return region, mask, edge
