@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +12,15 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor as TorchvisionPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_loss
 
-import dynamask
 from dynamask.baselines import BidirectionalPyramid, MaskRCNNPredictor, PathAggregation, WeightedSum
 from dynamask.config import GRIDS, R50, Config, ModelConfig, load_config
-from dynamask.data.shapes import ShapesDataset
 from dynamask.fam import FUSIONS, AdditiveFusion, AlignedFusion, ConvolutionFusion, FeatureAggregation
 from dynamask.flops import grid_gmacs, image_gmacs, msm_gmacs
 from dynamask.inference import predict
 from dynamask.mask_targets import grid_targets
 from dynamask.model import DynaMask, MaskBranch, build_model
 from dynamask.rfpn import RegionFPN
-from dynamask.train.checkpoint import load_model
 from runtime.errors import InputError
-from runtime.preprocess import letterbox_normalise
 from tests.tiny import TINY
 
 FIELDS = {
@@ -227,24 +222,3 @@ def test_the_default_is_the_paper_s_model() -> None:
     assert FUSIONS[ModelConfig().fusion] is FeatureAggregation
     branch = MaskBranch(Config(), classes=3)
     assert isinstance(branch.rfpn, RegionFPN) and branch.rfpn.pyramid is None and branch.region_size == 14
-
-
-def test_the_carried_checkpoint_finds_what_it_always_found() -> None:
-    """Figures of the model before it had variants: on this image, routed, with a budget, all at 112, and size-based."""
-    model, config, _ = load_model(Path(dynamask.__file__).parent / "assets" / "lite0-shapes.safetensors")
-    assert isinstance(model, DynaMask)
-    image, _ = ShapesDataset(1, 7, 320, 320)[0]
-    canvas, _ = letterbox_normalise(image, 320, 320, config.model.mean, config.model.std)
-    wanted = [
-        (0.0, -1, [0, 3, 0, 0, 0, 3, 3, 2, 3, 3, 3, 3], [-1.00255, None, 5.44428, -1.25163]),
-        (0.06, -1, [0, 0, 0, 0, 0, 3, 3, 2, 3, 0, 1, 0], [-1.05937, -1.70829, 5.44428, -0.4721]),
-        (0.0, 3, [3] * 12, [None, None, None, -0.54462]),
-        (0.0, 4, [0, 2, 1, 0, 0, 2, 2, 2, 2, 2, 0, 2], [-1.05912, -0.86385, -0.27106, None]),
-    ]
-    for budget, override, grids, means in wanted:
-        output = predict(model, torch.from_numpy(canvas), budget, override)
-        assert output.grids[output.grids >= 0].tolist() == grids
-        assert float(output.boxes.sum()) == pytest.approx(6967.851, abs=0.05)
-        assert float(output.scores.sum()) == pytest.approx(7.37331, abs=1e-4)
-        for logits, mean in zip(output.logits, means, strict=True):
-            assert len(logits) == 0 if mean is None else float(logits.mean()) == pytest.approx(mean, abs=1e-3)
