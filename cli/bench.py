@@ -120,9 +120,10 @@ def _frames(folder: Path | None, manifest: Manifest) -> list[Any]:
 
 
 def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
-    """PyTorch's mask branch, eager, on the engine's inputs."""
+    """PyTorch's mask branch, eager, with torchvision's deformable convolution, on the engine's inputs."""
     import torch
 
+    from dynamask.deform_conv import DeformConv2d
     from dynamask.inference import Detections, segment
     from export.export import read_model
     from runtime.doctor import usable_cores
@@ -135,6 +136,9 @@ def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
         raise InputError(f"{checkpoint} ({ours}) is not what the bundle ({theirs}) was exported from; give that checkpoint.")
     torch.set_num_threads(threads or usable_cores())
     branch = model.mask_branch
+    for module in branch.modules():
+        if isinstance(module, DeformConv2d):
+            module.by_torchvision = True
     no_budget = torch.tensor(0.0)
 
     @torch.inference_mode()

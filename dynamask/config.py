@@ -163,6 +163,8 @@ class TrainConfig(_Strict):
     """Validation images drawn at each evaluation, beside the training curves (docs/training.md); 0 draws nothing."""
     threads: Whole = 0
     """CPU threads; 0 leaves PyTorch's choice."""
+    frozen_detector: bool = False
+    """Only the mask branch learns: mask heads compared on one detector. Its weights are then a checkpoint's."""
 
 
 class Config(_Strict):
@@ -173,11 +175,15 @@ class Config(_Strict):
     train: TrainConfig = Field(default_factory=TrainConfig)
     weights: str = "imagenet"
     """`imagenet`, `none`, or a file: backbone weights (`.pth`, `.safetensors`) or a DynaMask checkpoint."""
+    weights_part: Literal["all", "detector"] = "all"
+    """`detector`: of a DynaMask checkpoint all but the mask branch, which begins afresh: mask heads compared on one detector."""
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.model.mask_head == "maskrcnn" and self.train.switch_epochs > 0:
             raise ValueError("train.switch_epochs trains the MSM, which a maskrcnn head has not: set it to 0")
+        if self.train.frozen_detector and self.weights in ("imagenet", "none"):
+            raise ValueError(f"train.frozen_detector keeps a trained detector as it is, and weights {self.weights!r} have none: name a file")
         return self
 
 

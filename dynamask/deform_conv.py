@@ -14,9 +14,13 @@ class DeformConv2d(nn.Module):
     """Deformable convolution whose offsets come from outside: `(x [N, C, H, W], offset [N, 18, H, W]) -> [N, out, H, W]`.
 
     Stride 1, padding 1. Offsets are in pixels, `(dy, dx)` for each of the nine taps in row order, torchvision's layout.
-    torchvision's operator does the work, except in training on the CPU: there `sampled_deform_conv2d` computes the same
-    function and its gradient about ten times faster (docs/results/deform-conv-cpu.md).
+    torchvision's operator does the work, except on the CPU: there `sampled_deform_conv2d` computes the same function, three to ten
+    times faster, and its gradient (docs/results/deform-conv-cpu.md). A graph is exported with torchvision's, which ONNX has.
+
+    `by_torchvision` asks for torchvision's operator on the CPU too, for those who measure it.
     """
+
+    by_torchvision = False
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -26,7 +30,7 @@ class DeformConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        if x.device.type == "cpu" and self.training:
+        if x.device.type == "cpu" and not (self.by_torchvision or torch.compiler.is_exporting()):
             return sampled_deform_conv2d(x, offset, self.weight, self.bias)
         return deform_conv2d(x, offset, self.weight, self.bias, padding=1)
 

@@ -127,13 +127,16 @@ class DynaMask(nn.Module):
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a batch: images `[B, 3, H, W] float32`, targets with `boxes [G, 4]`, `labels [G]` from 1, `masks [G, H, W] uint8`."""
         switch_alone = self.phase == 3
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not switch_alone):
+        frozen = switch_alone or self.config.train.frozen_detector
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             pyramid = self.backbone(images)
             sizes = [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
             proposals, losses = self.rpn(ImageList(images, sizes), {str(i): x for i, x in enumerate(pyramid)}, targets)
             proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
-            losses = dict(losses)
-            losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
+            losses = {} if frozen else dict(losses)
+            if not frozen:
+                losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not switch_alone):
             rois, classes, masks, truths = self._mask_samples(proposals, matched, labels, targets)
             if isinstance(self.mask_branch.heads, MaskRCNNPredictor):
                 return losses | self._one_grid_loss(self.mask_branch.heads, pyramid, rois, classes, grid_targets(masks, rois, truths))

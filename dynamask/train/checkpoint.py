@@ -112,14 +112,21 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str | os.Pa
     model.load_state_dict(tensors)
 
 
-def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str]) -> int:
-    """Copy the tensors whose name and shape fit, for fine-tuning on other classes; returns how many did not.
+def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str], without: str | None = None) -> int:
+    """Copy the tensors whose name and shape fit, for fine-tuning on other classes; returns how many of the model's begin afresh.
+
+    Args:
+        model: changed in place.
+        checkpoint: of a model of the same preset.
+        path: of the checkpoint, for the message.
+        without: tensors whose names begin so are left out.
 
     Raises:
         InputError: nothing fits.
     """
     expected = model.state_dict()
-    fitting = {name: tensor for name, tensor in checkpoint.tensors.items() if name in expected and expected[name].shape == tensor.shape}
+    offered = {name: tensor for name, tensor in checkpoint.tensors.items() if without is None or not name.startswith(without)}
+    fitting = {name: tensor for name, tensor in offered.items() if name in expected and expected[name].shape == tensor.shape}
     if not fitting:
         raise InputError(f"{path} has no tensor that fits this model (it holds a {checkpoint.config.model.preset}): choose its preset.")
     model.load_state_dict(fitting, strict=False)

@@ -174,7 +174,7 @@ class Run:
         torch.manual_seed(config.train.seed)
         model = build_model(config, val_set.classes)
         if state is None:
-            _initialise(model, config.weights, report)
+            _initialise(model, config, report)
         else:
             load_tensors(model, state.weights, output / "state.safetensors")
         model.to(device)
@@ -509,11 +509,13 @@ def _coco_dataset(part: str, annotations: Path | None, images: Path | None) -> C
     return CocoDataset(annotations, images)
 
 
-def _initialise(model: DynaMask, source: str, report: ProgressReport) -> None:
+def _initialise(model: DynaMask, config: Config, report: ProgressReport) -> None:
     """Weights to begin with: a DynaMask checkpoint's where they fit, else the backbone's."""
+    source = config.weights
     if is_checkpoint(source):
-        left = start_from(model, load_checkpoint(source), source)
-        report.message(f"Started from {source}; {left} tensors that did not fit begin afresh.")
+        left = start_from(model, load_checkpoint(source), source, "mask_branch." if config.weights_part == "detector" else None)
+        why = "the mask branch and what did not fit" if config.weights_part == "detector" else "what did not fit"
+        report.message(f"Started from {source}; {left} tensors begin afresh ({why}).")
     else:
         report.message(f"Started from {load_weights(model, source)}.")
 
