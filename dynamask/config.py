@@ -132,13 +132,13 @@ class TrainConfig(_Strict):
     """Phase 1: no MSM, the mask loss at all four grids."""
     epochs: NotNegative = 12.0
     """Phase 2: all modules."""
-    switch_epochs: NotNegative = 0.0
-    """Phase 3, ours: the MSM alone on frozen features, cheap steps for the module that learns slowest, with 1 - IoU of each grid's mask in
-    place of its losses (docs/results/shapes.md)."""
+    switch_instances: Whole = 0
+    """Ours: so many detections on training images teach the switch what each grid is worth, after the last step
+    (`dynamask/train/switch.py`); 0 leaves it as phase 2 did. A Mask R-CNN head has none."""
     rate: Positive = 0.02
     """Learning rate at a batch of 16; scaled in proportion to the batch."""
     drops: tuple[NotNegative, ...] = (8.0, 11.0)
-    """Epochs of phase 2 after which the rate falls tenfold. Phase 3 has the full rate, and a tenth for its last quarter."""
+    """Epochs of phase 2 after which the rate falls tenfold."""
     warmup_steps: Whole = 500
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: NotNegative = 1e-4
@@ -180,10 +180,10 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.model.mask_head == "maskrcnn" and self.train.switch_epochs > 0:
-            raise ValueError("train.switch_epochs trains the MSM, which a maskrcnn head has not: set it to 0")
         if self.train.frozen_detector and self.weights in ("imagenet", "none"):
-            raise ValueError(f"train.frozen_detector keeps a trained detector as it is, and weights {self.weights!r} have none: name a file")
+            raise ValueError(
+                f"train.frozen_detector keeps a trained detector as it is, and weights {self.weights!r} have none: name a file"
+            )
         return self
 
 

@@ -18,27 +18,6 @@ LAPLACIAN = ((-1.0, -1.0, -1.0), (-1.0, 8.0, -1.0), (-1.0, -1.0, -1.0))
 EDGE_THRESHOLD = 0.1
 
 
-def grid_errors(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """1 - IoU of the mask that each grid gives, at the largest grid: what is seen of it once it is pasted.
-
-    Eq. 3 measures a grid against a target as coarse as itself, on which a small grid can be right about an outline that it cannot draw.
-
-    Args:
-        logits: K tensors `[N, G_k, G_k]`.
-        target: `[N, G, G]` of 0 and 1, at the largest grid.
-
-    Returns:
-        `[N, K]`, without gradient; 0 where neither mask nor target has a cell.
-    """
-    wanted = target > 0.5
-    errors = []
-    for x in logits:
-        seen = F.interpolate(x.detach().float()[:, None], size=target.shape[1:], mode="bilinear", align_corners=False)[:, 0] > 0
-        union = (seen | wanted).sum(dim=(1, 2))
-        errors.append(1 - ((seen & wanted).sum(dim=(1, 2)) + (union == 0)) / union.clamp(min=1))
-    return torch.stack(errors, dim=1)
-
-
 def grid_cross_entropy(logits: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """l(m_k, t_k) of Eq. 3 and 4: binary cross-entropy averaged over the grid, for each instance and grid.
 

@@ -22,7 +22,6 @@ from dynamask.flops import grid_gmacs
 from dynamask.losses import (
     edge_target,
     grid_cross_entropy,
-    grid_errors,
     mask_branch_losses,
     mean_cost,
     switched_loss,
@@ -84,8 +83,8 @@ class DynaMask(nn.Module):
     """Two-stage instance segmenter whose masks have the grid that each instance needs.
 
     In training mode, `model(images [B, 3, H, W], targets)` returns the losses, weighted as in Eq. 7 and to be summed; `phase` 1 trains
-    without the MSM, at all grids, `phase` 2 trains everything, `phase` 3 the MSM alone. `statistics` then holds the step's share of each
-    grid and mean cost. A Mask R-CNN head has one mask loss, the same in phases 1 and 2.
+    without the MSM, at all grids, `phase` 2 trains everything. `statistics` then holds the step's share of each grid and mean cost. A Mask
+    R-CNN head has one mask loss, the same in both phases. With `train.frozen_detector` only the mask branch has losses and gradients.
     `dynamask.inference` runs it.
     """
 
@@ -126,8 +125,7 @@ class DynaMask(nn.Module):
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a batch: images `[B, 3, H, W] float32`, targets with `boxes [G, 4]`, `labels [G]` from 1, `masks [G, H, W] uint8`."""
-        switch_alone = self.phase == 3
-        frozen = switch_alone or self.config.train.frozen_detector
+        frozen = self.config.train.frozen_detector
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             pyramid = self.backbone(images)
             sizes = [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
@@ -136,15 +134,14 @@ class DynaMask(nn.Module):
             losses = {} if frozen else dict(losses)
             if not frozen:
                 losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not switch_alone):
-            rois, classes, masks, truths = self._mask_samples(proposals, matched, labels, targets)
-            if isinstance(self.mask_branch.heads, MaskRCNNPredictor):
-                return losses | self._one_grid_loss(self.mask_branch.heads, pyramid, rois, classes, grid_targets(masks, rois, truths))
-            region, mask, edge = self._grid_losses(self.mask_branch.heads, pyramid, rois, classes, grid_targets(masks, rois, truths))
+        rois, classes, masks, truths = self._mask_samples(proposals, matched, labels, targets)
+        wanted = grid_targets(masks, rois, truths)
+        if isinstance(self.mask_branch.heads, MaskRCNNPredictor):
+            return losses | self._one_grid_loss(self.mask_branch.heads, pyramid, rois, classes, wanted)
+        region, mask, edge = self._grid_losses(self.mask_branch.heads, pyramid, rois, classes, wanted)
         if self.phase == 1:
             return losses | self._all_grid_losses(mask, edge)
-        switched = self._switched_losses(self.mask_branch.msm(region), mask, edge)
-        return switched if switch_alone else losses | switched
+        return losses | self._switched_losses(self.mask_branch.msm(region), mask, edge)
 
     def box_region(self, pyramid: Sequence[Tensor], rois: Tensor) -> Tensor:
         """The box head's feature `[N, C, 7, 7]` of RoIs `[N, 5]`, each on its own level; the sampling is torchvision's."""
@@ -179,17 +176,10 @@ class DynaMask(nn.Module):
     def _grid_losses(
         self, heads: GridHeads, pyramid: Sequence[Tensor], rois: Tensor, classes: Tensor, mask_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid.
-
-        In phase 3, where nothing but the switch learns: 1 - IoU of each grid's mask, and no edge loss.
-        """
+        """The mask branch on the sampled positives: their 14 x 14 features, and mask and edge losses `[N, 4]` at every grid."""
         region = self.mask_branch.region(pyramid, rois)
         features = self.mask_branch.all_grids(pyramid, rois, region)
-        logits = [heads.mask_logits(k, x, classes) for k, x in enumerate(features)]
-        if self.phase == 3:
-            error = grid_errors(logits, mask_targets[-1])
-            return region, error, torch.zeros_like(error)
-        mask = grid_cross_entropy(logits, mask_targets)
+        mask = grid_cross_entropy([heads.mask_logits(k, x, classes) for k, x in enumerate(features)], mask_targets)
         edge_targets = [edge_target(t) for t in mask_targets]
         edge = grid_cross_entropy([heads.edge_logits(k, x) for k, x in enumerate(features)], edge_targets)
         return region, mask, edge

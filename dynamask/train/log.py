@@ -116,10 +116,12 @@ class ProgressReport:
             self._bar.stop()
 
     def start(self, step: int, total: int) -> None:
-        """Begin at `step` of `total`."""
+        """Begin at `step` of `total`; again, for what comes after."""
         self._first_step, self._total = step, total
         self._started = self._spoken = time.monotonic()
-        if self.console.is_terminal and not self.console.quiet:
+        if self._bar is not None:
+            self._bar.reset(self._task, total=total, completed=step)
+        elif self.console.is_terminal and not self.console.quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
             self._task = self._bar.add_task("training", total=total, completed=step, figures="")
@@ -139,6 +141,17 @@ class ProgressReport:
             self._spoken = now
             left = (now - self._started) / (done - self._first_step) * (self._total - done)
             self.message(f"step {done}/{self._total}  epoch {record['epoch']:.2f}  phase {record['phase']}  {figures}  {left:.0f} s left")
+
+    def lessons(self, done: int, total: int) -> None:
+        """Count detections that the switch will learn from."""
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, figures="", description="lessons of the switch")
+        elif now - self._spoken >= LINE_SECONDS or done == total:
+            self._spoken = now
+            self.message(
+                f"lessons of the switch: {done}/{total} detections  {(now - self._started) / max(done, 1) * (total - done):.0f} s left"
+            )
 
     def message(self, text: str) -> None:
         """Say something above the bar."""

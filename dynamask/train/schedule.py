@@ -20,7 +20,7 @@ def mixed_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The plan of a run over a data set of `images` images: phase 1 (no MSM), phase 2 (paper, section 4.1), phase 3 (the MSM alone)."""
+    """The plan of a run over a data set of `images` images: phase 1 (no MSM), phase 2 (paper, section 4.1)."""
 
     config: TrainConfig
     images: int
@@ -36,29 +36,21 @@ class Schedule:
         return round(self.config.warm_epochs * self.steps_per_epoch)
 
     @property
-    def switch_start(self) -> int:
-        """The first step of phase 3."""
+    def total_steps(self) -> int:
+        """Steps of both phases."""
         return self.warm_steps + round(self.config.epochs * self.steps_per_epoch)
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of all phases."""
-        return self.switch_start + round(self.config.switch_epochs * self.steps_per_epoch)
-
     def phase(self, step: int) -> int:
-        """1 while the MSM waits, 2 while all modules learn, 3 while the MSM learns alone."""
-        return 1 if step < self.warm_steps else 2 if step < self.switch_start else 3
+        """1 while the MSM waits, 2 while all modules learn."""
+        return 1 if step < self.warm_steps else 2
 
     def epoch(self, step: int) -> float:
-        """Epochs of all phases done before `step`."""
+        """Epochs of both phases done before `step`."""
         return step / self.steps_per_epoch
 
     def rate(self, step: int) -> float:
         """Learning rate: in proportion to the batch, linear warm-up over the first steps, a tenth after each drop."""
-        if step >= self.switch_start:
-            drops = int(step >= self.total_steps - round(0.25 * (self.total_steps - self.switch_start)))
-        else:
-            drops = sum((step - self.warm_steps) / self.steps_per_epoch >= drop for drop in self.config.drops)
+        drops = sum((step - self.warm_steps) / self.steps_per_epoch >= drop for drop in self.config.drops)
         warmup = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps > 0 else 1.0
         return self.config.rate * self.config.batch / 16 * warmup * 0.1**drops
 

@@ -1,4 +1,4 @@
-"""The training loop: two phases, checkpoints, exact resuming, evaluation by epoch (paper, section 4.1)."""
+"""The training loop: two phases, checkpoints, exact resuming, the switch's lessons, evaluation by epoch (paper, section 4.1)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dynamask.data.coco import CocoDataset, LabelledDataset, Part, coco_2017
 from dynamask.data.lvis import lvis_v1
 from dynamask.data.shapes import ShapesDataset
 from dynamask.distributed import World, joined
-from dynamask.model import DynaMask, build_model
+from dynamask.model import LARGEST_PAPER_COST, DynaMask, build_model
 from dynamask.train.checkpoint import (
     TrainingState,
     is_checkpoint,
@@ -47,6 +47,7 @@ from dynamask.train.checkpoint import (
 from dynamask.train.evaluate import evaluate
 from dynamask.train.log import ProgressReport, RunLog, losses_by_epoch, read_lines, save_batch
 from dynamask.train.schedule import Schedule, StepSampler
+from dynamask.train.switch import collect_lessons, fit_switch
 from dynamask.weights import load_weights
 from runtime.errors import DynaMaskError, InputError
 from runtime.files import atomic_path, check_folder, write_json
@@ -62,7 +63,7 @@ LOSS_MEMORY = 0.98
 SMALLEST_SCALE = 1.0
 """With mixed precision, a gradient that overflows even at this scale of the loss is not finite in itself."""
 FREE_FIELDS = {
-    "train": {"epochs", "switch_epochs", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "pictures", "threads"},
+    "train": {"epochs", "switch_instances", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "pictures", "threads"},
     "data": {"workers"},
 }
 """Fields that may change when a run is resumed: none of them alters the steps already done."""
@@ -98,8 +99,8 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
             )
         state = _state_to_resume(config, output, resume or (world.restarted and (output / "state.safetensors").exists()))
         run = Run.prepared(config, output, state, report, interruption, world)
-        if run.schedule.total_steps == 0:
-            epochs = config.train.warm_epochs + config.train.epochs + config.train.switch_epochs
+        if run.schedule.total_steps == 0 and not config.train.switch_instances:
+            epochs = config.train.warm_epochs + config.train.epochs
             raise InputError(f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.epochs or lower train.batch.")
         try:
             return run.to_the_end()
@@ -160,6 +161,8 @@ class Run:
     skipped: set[int] = field(default_factory=set)
     """Indices of the images that could not be read so far."""
     loss_watch: _LossWatch = field(default_factory=_LossWatch)
+    taught: int | None = None
+    """The step after which the switch had its lessons."""
 
     @classmethod
     def prepared(
@@ -200,6 +203,7 @@ class Run:
             run.step, run.seconds, run.evaluations = (state.progress[name] for name in ("step", "seconds", "evaluations"))
             run.skipped = set(state.progress.get("skipped", []))
             run.loss_watch = _LossWatch(**state.progress.get("loss_watch", {}))
+            run.taught = state.progress.get("taught")
         return run
 
     def to_the_end(self) -> dict[str, Any]:
@@ -225,7 +229,8 @@ class Run:
                 if self.schedule.saves(self.step):
                     self._save()
             else:
-                self._evaluate_if_due(log)
+                if not self.world.any(not self._teach_switch()):
+                    self._evaluate_if_due(log)
             self.seconds = time.monotonic() - started
             return self._finish()
         finally:
@@ -324,6 +329,39 @@ class Run:
             "look at the batch's data, lower train.rate, or raise train.warmup_steps."
         )
 
+    def _teach_switch(self) -> bool:
+        """Give the switch its lessons, once the last step is done; False if they were interrupted.
+
+        The first process does, whose weights are those that are kept.
+        """
+        wanted = self.config.train.switch_instances
+        if not wanted or self.taught == self.step or self.config.model.mask_head == "maskrcnn":
+            return True
+        self.evaluations = [entry for entry in self.evaluations if entry["step"] != self.step]
+        if self.world.is_main and not self._lessons(wanted):
+            return False
+        self.taught = self.step
+        self._save()
+        return True
+
+    def _lessons(self, wanted: int) -> bool:
+        branch = self.model.mask_branch
+        seed = self.config.train.seed
+        self.report.start(0, wanted)
+        lessons = collect_lessons(self.model, self.train_set, wanted, seed, self.report.lessons, self.interruption)
+        if lessons is None:
+            return False
+        if not len(lessons.regions):
+            self.report.message("The model finds nothing on the training images: the switch stays as phase 2 left it.")
+        else:
+            mean_cost = self.config.train.budget / LARGEST_PAPER_COST * float(branch.costs[-1])
+            figures = fit_switch(branch.msm, lessons, branch.costs, mean_cost, seed)
+            self.report.message(
+                f"The switch learnt from {len(lessons.regions)} detections what each grid is worth: {figures['explained']:.0%} of the "
+                f"variance explained, {figures['mean_cost']:.4f} GMAC an instance (C_t allows {mean_cost:.4f})"
+            )
+        return True
+
     def _note_skipped(self, skipped: list[dict[str, Any]], log: RunLog | None) -> None:
         """Count and list the step's broken images, those of all processes, in each of them."""
         fresh = {entry["index"]: entry for entry in self._gathered(skipped) if entry["index"] not in self.skipped}
@@ -407,7 +445,7 @@ class Run:
         if not self.world.is_main:
             return
         progress = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations}
-        progress |= {"skipped": sorted(self.skipped), "loss_watch": asdict(self.loss_watch)}
+        progress |= {"skipped": sorted(self.skipped), "loss_watch": asdict(self.loss_watch), "taught": self.taught}
         fields = {"config": self.config.model_dump(mode="json"), "classes": self.val_set.classes}
         fields |= {"scaler": self.scaler.state_dict(), "progress": progress}
         save_state(self.output / "state.safetensors", self.model, self.optimizer, fields)

@@ -213,11 +213,6 @@ def test_a_configuration_that_means_nothing_is_refused(fields: dict[str, Any]) -
         load_config("lite0-shapes", {f"model.{name}": value for name, value in fields.items()})
 
 
-def test_a_mask_rcnn_head_has_no_switch_to_train() -> None:
-    with pytest.raises(InputError, match="switch_epochs"):
-        load_config("lite0-shapes", VARIANTS["maskrcnn-28"] | {"train.switch_epochs": 1})
-
-
 def test_the_default_is_the_paper_s_model() -> None:
     assert FUSIONS[ModelConfig().fusion] is FeatureAggregation
     branch = MaskBranch(Config(), classes=3)

@@ -13,7 +13,6 @@ from dynamask.losses import (
     edge_target,
     entropy_loss,
     grid_cross_entropy,
-    grid_errors,
     mask_branch_losses,
     mean_cost,
     switched_loss,
@@ -143,27 +142,3 @@ def test_a_lower_budget_lowers_the_mean_selected_cost() -> None:
             optimizer.step()
         means.append(float((torch.softmax(logits, -1) @ COSTS).mean().detach()))
     assert means[0] > means[1] > means[2]
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1000))
-def test_grid_errors_are_one_less_the_iou_of_what_is_seen(seed: int) -> None:
-    """Against the sampling written out: bilinear between the cells' centres, held at the border."""
-    random = np.random.default_rng(seed)
-    logits = [random.standard_normal((3, side, side)) for side in (4, 8, 16)]
-    target = random.random((3, 16, 16)) < 0.4
-    logits[0][0], logits[2][0], target[0] = -1, -1, False  # nothing wanted and nothing seen, or something seen
-    found = grid_errors([torch.from_numpy(x) for x in logits], torch.from_numpy(target).float()).numpy()
-
-    def seen(mask: np.ndarray) -> np.ndarray:
-        side = len(mask)
-        place = np.clip((np.arange(16) + 0.5) * side / 16 - 0.5, 0, side - 1)
-        rows = np.array([np.interp(place, np.arange(side), row) for row in mask])
-        return np.array([np.interp(place, np.arange(side), column) for column in rows.T]).T > 0
-
-    for k, masks in enumerate(logits):
-        for i, mask in enumerate(masks):
-            ours, union = seen(mask), (seen(mask) | target[i]).sum()
-            wanted = 1 - (ours & target[i]).sum() / union if union else 0
-            assert found[i, k] == pytest.approx(wanted, abs=1e-6)
-    assert found[0, 0] == found[0, 2] == 0

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from dynamask.config import LITE0, Config
+from dynamask.config import Config, load_config
 from dynamask.model import build_model
+from runtime.errors import InputError
+from tests.tiny import TINY
 
 
-def test_in_phase_three_the_switch_learns_alone() -> None:
+@pytest.mark.parametrize(
+    ("phase", "losses"), [(1, {"loss_mask", "loss_edge"}), (2, {"loss_mask", "loss_edge", "loss_budget", "loss_entropy"})]
+)
+def test_with_a_frozen_detector_the_mask_branch_learns_alone(phase: int, losses: set[str]) -> None:
     torch.manual_seed(0)
-    model = build_model(Config(model=LITE0.model_copy(update={"canvas": (128, 128)})), [{"id": 1, "name": "thing"}]).train()
-    model.phase = 3
-    masks = torch.zeros(1, 128, 128, dtype=torch.uint8)
-    masks[0, 20:60, 30:70] = 1
-    target = {"boxes": torch.tensor([[30.0, 20, 70, 60]]), "labels": torch.tensor([1]), "masks": masks}
-    losses = model(torch.randn(1, 3, 128, 128), [target])
-    assert set(losses) == {"loss_mask", "loss_edge", "loss_budget", "loss_entropy"}
-    sum(losses.values()).backward()
+    config = load_config("lite0-shapes", TINY)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"frozen_detector": True})})
+    model = build_model(Config.model_construct(**dict(config)), [{"id": 1, "name": "thing"}]).train()
+    model.phase = phase
+    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[0, 10:40, 20:50] = 1
+    found = model(torch.randn(1, 3, 64, 64), [{"boxes": torch.tensor([[20.0, 10, 50, 40]]), "labels": torch.tensor([1]), "masks": masks}])
+    assert set(found) == losses
+    sum(found.values()).backward()
     touched = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert touched == {f"mask_branch.msm.{name}" for name, _ in model.mask_branch.msm.named_parameters()}
-    assert float(model.mask_branch.msm.fc2.bias.grad.abs().sum()) > 0
+    branch = {f"mask_branch.{name}" for name, _ in model.mask_branch.named_parameters()}
+    assert touched == (branch if phase == 2 else {name for name in branch if ".msm." not in name})
+
+
+@pytest.mark.parametrize("weights", ["none", "imagenet"])
+def test_a_detector_that_was_never_trained_cannot_be_frozen(weights: str) -> None:
+    with pytest.raises(InputError, match="frozen_detector"):
+        load_config("lite0-shapes", {"weights": weights, "train.frozen_detector": True})

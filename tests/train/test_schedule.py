@@ -23,14 +23,6 @@ def test_rate_warms_up_and_drops_after_the_epochs_of_phase_two() -> None:
     assert [schedule.rate(step) for step in range(8)] == pytest.approx(expected)
 
 
-def test_phase_three_begins_with_the_full_rate_and_ends_with_a_tenth() -> None:
-    schedule = Schedule(RECIPE.model_copy(update={"switch_epochs": 2.0}), images=10)
-    assert schedule.total_steps == 12
-    assert [schedule.phase(step) for step in range(6, 12)] == [2, 2, 3, 3, 3, 3]
-    full = 0.02 * 4 / 16
-    assert [schedule.rate(step) for step in range(6, 12)] == pytest.approx([full / 100, full / 100, full, full, full, full / 10])
-
-
 def test_evaluation_is_due_every_epoch_and_at_the_end() -> None:
     assert [step for step in range(9) if Schedule(RECIPE, images=10).evaluates(step)] == [2, 4, 6, 8]
     seldom = RECIPE.model_copy(update={"evaluate_every": 0.0})

@@ -215,3 +215,38 @@ def test_the_optimiser_spares_norms_and_biases_and_gives_the_switch_its_own_rate
 def test_coco_needs_its_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.train_annotations"):
         trainer.train(tiny(data__kind="coco"), tmp_path / "none", quiet=True)
+
+
+def test_the_switch_has_its_lessons_once_after_the_last_step(tmp_path: Path, unjudged: None, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny(train__switch_instances=8, model__score_threshold=0.0)
+    trainer.train(config, tmp_path, quiet=True)
+    before = tiny(model__score_threshold=0.0)
+    trainer.train(before, tmp_path / "untaught", quiet=True)
+    taught, untaught = (load_checkpoint(folder / "model.safetensors").tensors for folder in (tmp_path, tmp_path / "untaught"))
+    changed = {name for name in taught if not torch.equal(taught[name], untaught[name])}
+    assert changed and all(".msm." in name for name in changed)
+    trainer.train(config, tmp_path, resume=True, quiet=True)
+    again = load_checkpoint(tmp_path / "model.safetensors").tensors
+    assert all(torch.equal(again[name], taught[name]) for name in taught)
+
+
+def test_lessons_alone_are_a_run(tmp_path: Path, unjudged: None) -> None:
+    alone = {"train__warm_epochs": 0, "train__epochs": 0, "train__drops": []}
+    result = trainer.train(tiny(**alone, train__switch_instances=8, model__score_threshold=0.0), tmp_path / "alone", quiet=True)
+    assert result["steps"] == 0 and not result["interrupted"]
+    with pytest.raises(InputError, match="no step"):
+        trainer.train(tiny(**alone), tmp_path / "nothing", quiet=True)
+
+
+def test_lessons_that_were_interrupted_are_given_by_the_run_that_goes_on(
+    tmp_path: Path, unjudged: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(train__switch_instances=8, model__score_threshold=0.0)
+    trainer.train(config, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.ProgressReport, "lessons", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        result = trainer.train(config, tmp_path / "stopped", quiet=True)
+    assert result["interrupted"] and result["steps"] == result["total_steps"]
+    trainer.train(config, tmp_path / "stopped", resume=True, quiet=True)
+    whole, stopped = (load_checkpoint(tmp_path / name / "model.safetensors").tensors for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
