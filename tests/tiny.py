@@ -19,5 +19,6 @@ TINY: dict[str, Any] = {
     "model.detections": 5,
     "train.evaluate_every": 0,
     "train.evaluate_images": 1,
+    "train.switch_instances": 0,
 }
 """For `load_config`, over the fields of a configuration of `lite0`."""
