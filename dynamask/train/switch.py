@@ -42,6 +42,11 @@ class Lessons(NamedTuple):
     worths: Tensor
     """`[N, 4] float32`: IoU of the mask at each grid, held to `WORTH`."""
 
+    @property
+    def teach(self) -> bool:
+        """Whether some detection is worth more at one grid than at another."""
+        return bool((self.worths != self.worths[:, :1]).any())
+
 
 def collect_lessons(
     model: DynaMask,
@@ -166,7 +171,7 @@ def fit_switch(msm: nn.Module, lessons: Lessons, costs: Tensor, mean_cost: float
         logits = torch.cat([msm(part.float().to(device)) for part in regions.split(8 * BATCH)])
         residual = (_centred(logits).cpu() - wanted).square().sum()
         price = _price(torch.log_softmax(logits, dim=-1), costs, mean_cost)
-        explained = 1 - float(residual / wanted.square().sum().clamp(min=1e-9))
+        explained = 1 - float(residual / wanted.square().sum())
     with torch.no_grad():
         msm.fc2.bias -= price * costs  # type: ignore[operator, union-attr]
     return {"explained": explained, "mean_cost": float(costs[(logits - price * costs).argmax(dim=-1)].mean()), "lambda": price}

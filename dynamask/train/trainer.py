@@ -351,8 +351,11 @@ class Run:
         lessons = collect_lessons(self.model, self.train_set, wanted, seed, self.report.lessons, self.interruption)
         if lessons is None:
             return False
-        if not len(lessons.regions):
-            self.report.message("The model finds nothing on the training images: the switch stays as phase 2 left it.")
+        if not lessons.teach:
+            self.report.message(
+                f"Of {len(lessons.regions)} detections on the training images none is better at one grid than at another: "
+                "the switch stays as phase 2 left it; train the masks for longer first."
+            )
         else:
             mean_cost = self.config.train.budget / LARGEST_PAPER_COST * float(branch.costs[-1])
             figures = fit_switch(branch.msm, lessons, branch.costs, mean_cost, seed)

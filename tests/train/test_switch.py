@@ -131,3 +131,10 @@ def test_lessons_end_with_the_training_images_or_when_they_are_stopped(model_and
     all_of_them = collect_lessons(model, items, 10**6, 0)
     assert all_of_them is not None and len(all_of_them.worths) == 6 * 5  # of five detections each
     assert collect_lessons(model, items, 100, 0, stop=lambda: True) is None
+
+
+def test_detections_that_no_grid_draws_better_teach_nothing() -> None:
+    regions = torch.zeros(2, 8, 14, 14).half()
+    assert not Lessons(regions[:0], torch.zeros(0, 4)).teach
+    assert not Lessons(regions, torch.full((2, 4), WORTH[0])).teach
+    assert Lessons(regions, torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.6, 0.6]])).teach
