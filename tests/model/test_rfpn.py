@@ -45,6 +45,17 @@ def test_zero_offsets_are_an_ordinary_convolution() -> None:
     torch.testing.assert_close(layer(x, torch.zeros(2, 18, 9, 9)), wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("count", [0, 1, 16, 37])
+def test_without_a_gradient_many_instances_give_what_torchvisions_operator_gives(count: int) -> None:
+    torch.manual_seed(0)
+    layer = DeformConv2d(6, 4).eval()
+    x, offset = torch.randn(count, 6, 9, 9), torch.randn(count, 18, 9, 9)
+    with torch.no_grad():
+        ours = layer(x, offset)
+        layer.by_torchvision = True
+        torch.testing.assert_close(ours, layer(x, offset), atol=1e-4, rtol=1e-4)
+
+
 def test_a_stage_doubles_the_grid_and_looks_at_both_features() -> None:
     torch.manual_seed(0)
     stage = FeatureAggregation(16, 8)
