@@ -210,7 +210,8 @@ def test_the_plans_of_the_paper_s_tables_fit(path: Path) -> None:
 
 
 def test_there_is_a_plan_for_each_table() -> None:
-    assert {path.stem for path in PLANS} == {f"table-{number}-shapes" for number in (1, 5, 7, 8, 11)}
+    # Tables 5, 7, 8 and 9 judge the same models, and so share one.
+    assert {path.stem for path in PLANS} == {"table-1-shapes", "budget-shapes", "table-11-shapes"}
 
 
 def test_the_command_prints_the_table_and_says_how_to_go_on(
