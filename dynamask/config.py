@@ -164,7 +164,7 @@ class TrainConfig(_Strict):
     threads: Whole = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     frozen_detector: bool = False
-    """Only the mask branch learns: mask heads compared on one detector. Its weights are then a checkpoint's."""
+    """Only the mask branch learns, on the detector of the DynaMask checkpoint that `weights` names."""
 
 
 class Config(_Strict):
@@ -178,12 +178,15 @@ class Config(_Strict):
     weights_part: Literal["all", "detector"] = "all"
     """`detector`: of a DynaMask checkpoint all but the mask branch, which begins afresh: mask heads compared on one detector."""
 
+    @property
+    def keeps_detector(self) -> bool:
+        """Whether the run stands on the whole detector of a DynaMask checkpoint."""
+        return self.train.frozen_detector or self.weights_part == "detector"
+
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.train.frozen_detector and self.weights in ("imagenet", "none"):
-            raise ValueError(
-                f"train.frozen_detector keeps a trained detector as it is, and weights {self.weights!r} have none: name a file"
-            )
+        if self.keeps_detector and self.weights in ("imagenet", "none"):
+            raise ValueError(f"weights {self.weights!r} hold no trained detector to keep: name a DynaMask checkpoint")
         return self
 
 

@@ -33,8 +33,9 @@ class DeformConv2d(nn.Module):
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
         if x.device.type == "cpu" and not (self.by_torchvision or torch.compiler.is_exporting()):
-            at_once = max(len(x), 1) if torch.is_grad_enabled() else AT_ONCE
-            parts = zip(x.split(at_once), offset.split(at_once), strict=True)
+            if torch.is_grad_enabled() or len(x) <= AT_ONCE:
+                return sampled_deform_conv2d(x, offset, self.weight, self.bias)
+            parts = zip(x.split(AT_ONCE), offset.split(AT_ONCE), strict=True)
             return torch.cat([sampled_deform_conv2d(part, shifts, self.weight, self.bias) for part, shifts in parts])
         return deform_conv2d(x, offset, self.weight, self.bias, padding=1)
 

@@ -119,21 +119,22 @@ class DynaMask(nn.Module):
             nms_thresh=model.nms_threshold,
             detections_per_img=model.detections,
         )
+        if config.train.frozen_detector:
+            self.requires_grad_(False)  # the mask branch, which learns, comes after
         self.mask_branch = MaskBranch(config, len(self.classes))
         self.phase = 2
         self.statistics: dict[str, float] = {}
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Losses of a batch: images `[B, 3, H, W] float32`, targets with `boxes [G, 4]`, `labels [G]` from 1, `masks [G, H, W] uint8`."""
-        frozen = self.config.train.frozen_detector
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            pyramid = self.backbone(images)
-            sizes = [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
-            proposals, losses = self.rpn(ImageList(images, sizes), {str(i): x for i, x in enumerate(pyramid)}, targets)
-            proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
-            losses = {} if frozen else dict(losses)
-            if not frozen:
-                losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
+        pyramid = self.backbone(images)
+        sizes = [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
+        proposals, rpn_losses = self.rpn(ImageList(images, sizes), {str(i): x for i, x in enumerate(pyramid)}, targets)
+        proposals, matched, labels, regression = self.roi_heads.select_training_samples(proposals, targets)
+        losses: dict[str, Tensor] = {}
+        if not self.config.train.frozen_detector:
+            losses |= rpn_losses
+            losses["loss_classifier"], losses["loss_box"] = self._box_losses(pyramid, proposals, labels, regression)
         rois, classes, masks, truths = self._mask_samples(proposals, matched, labels, targets)
         wanted = grid_targets(masks, rois, truths)
         if isinstance(self.mask_branch.heads, MaskRCNNPredictor):

@@ -112,8 +112,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str | os.Pa
     model.load_state_dict(tensors)
 
 
-def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str], without: str | None = None) -> int:
-    """Copy the tensors whose name and shape fit, for fine-tuning on other classes; returns how many of the model's begin afresh.
+def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str], without: str | None = None) -> list[str]:
+    """Copy the tensors whose name and shape fit, for fine-tuning on other classes; returns the names of the model's that begin afresh.
 
     Args:
         model: changed in place.
@@ -130,7 +130,7 @@ def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike
     if not fitting:
         raise InputError(f"{path} has no tensor that fits this model (it holds a {checkpoint.config.model.preset}): choose its preset.")
     model.load_state_dict(fitting, strict=False)
-    return len(expected) - len(fitting)
+    return [name for name in expected if name not in fitting]
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamask.config import GRIDS
 from dynamask.data.augment import TrainingItems
 from dynamask.inference import detect
 from dynamask.model import DynaMask, batch_rois
+from dynamask.msm import MaskSwitch
 from dynamask.train.schedule import mixed_seed
 from runtime.paste import mask_crop
 
@@ -133,7 +134,7 @@ def grid_worths(
     return worths.clip(*WORTH)
 
 
-def fit_switch(msm: nn.Module, lessons: Lessons, costs: Tensor, mean_cost: float, seed: int) -> dict[str, float]:
+def fit_switch(msm: MaskSwitch, lessons: Lessons, costs: Tensor, mean_cost: float, seed: int) -> dict[str, float]:
     """Regress the MSM's logits on `SHARPNESS` times the worths, from the weights it has; then price the grids so that its argmax costs
     at most `mean_cost` on the lessons.
 
@@ -156,7 +157,6 @@ def fit_switch(msm: nn.Module, lessons: Lessons, costs: Tensor, mean_cost: float
     steps = EPOCHS * max(1, len(regions) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
     generator = torch.Generator().manual_seed(mixed_seed(seed, "fit switch"))
-    msm.train()
     with torch.enable_grad():
         for _ in range(EPOCHS):
             for rows in _batches(len(regions), generator):
@@ -173,7 +173,7 @@ def fit_switch(msm: nn.Module, lessons: Lessons, costs: Tensor, mean_cost: float
         price = _price(torch.log_softmax(logits, dim=-1), costs, mean_cost)
         explained = 1 - float(residual / wanted.square().sum())
     with torch.no_grad():
-        msm.fc2.bias -= price * costs  # type: ignore[operator, union-attr]
+        msm.fc2.bias.sub_(price * costs)
     return {"explained": explained, "mean_cost": float(costs[(logits - price * costs).argmax(dim=-1)].mean()), "lambda": price}
 
 

@@ -33,6 +33,7 @@ from dynamask.data.lvis import lvis_v1
 from dynamask.data.shapes import ShapesDataset
 from dynamask.distributed import World, joined
 from dynamask.model import LARGEST_PAPER_COST, DynaMask, build_model
+from dynamask.msm import MaskSwitch
 from dynamask.train.checkpoint import (
     TrainingState,
     is_checkpoint,
@@ -60,6 +61,8 @@ DIVERGED = 10.0
 """A run has diverged when its mean loss is so many times the lowest it was in the phase (or 1, if it was lower)."""
 LOSS_MEMORY = 0.98
 """Weight of the past in that mean: a single loss must be 500 times as high."""
+MASK_BRANCH = "mask_branch."
+"""How the names of the tensors begin that are no detector's."""
 SMALLEST_SCALE = 1.0
 """With mixed precision, a gradient that overflows even at this scale of the loss is not finite in itself."""
 FREE_FIELDS = {
@@ -345,8 +348,8 @@ class Run:
         return True
 
     def _lessons(self, wanted: int) -> bool:
-        branch = self.model.mask_branch
-        seed = self.config.train.seed
+        branch, seed = self.model.mask_branch, self.config.train.seed
+        assert isinstance(branch.msm, MaskSwitch)
         self.report.start(0, wanted)
         lessons = collect_lessons(self.model, self.train_set, wanted, seed, self.report.lessons, self.interruption)
         if lessons is None:
@@ -551,12 +554,23 @@ def _coco_dataset(part: str, annotations: Path | None, images: Path | None) -> C
 
 
 def _initialise(model: DynaMask, config: Config, report: ProgressReport) -> None:
-    """Weights to begin with: a DynaMask checkpoint's where they fit, else the backbone's."""
+    """Weights to begin with: a DynaMask checkpoint's where they fit, else the backbone's.
+
+    Raises:
+        InputError: they cannot be had, or hold not the whole detector of a run that keeps it.
+    """
     source = config.weights
     if is_checkpoint(source):
-        left = start_from(model, load_checkpoint(source), source, "mask_branch." if config.weights_part == "detector" else None)
-        why = "the mask branch and what did not fit" if config.weights_part == "detector" else "what did not fit"
-        report.message(f"Started from {source}; {left} tensors begin afresh ({why}).")
+        afresh = start_from(model, load_checkpoint(source), source, MASK_BRANCH if config.weights_part == "detector" else None)
+        misfits = [name for name in afresh if not name.startswith(MASK_BRANCH)]
+        if misfits and config.keeps_detector:
+            raise InputError(
+                f"{source} has no {misfits[0]} that fits this model, whose detector is to be kept: give a checkpoint of the same preset and"
+                " classes, or train the detector too (train.frozen_detector=false, weights_part=all)."
+            )
+        report.message(f"Started from {source}; {len(afresh)} tensors, of the mask branch or of another shape, begin afresh.")
+    elif config.keeps_detector:
+        raise InputError(f"{source} is no DynaMask checkpoint, whose detector could be kept: give a model.safetensors of dynamask train.")
     else:
         report.message(f"Started from {load_weights(model, source)}.")
 

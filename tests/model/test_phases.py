@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from dynamask.config import Config, load_config
+from dynamask.config import load_config
 from dynamask.model import build_model
 from runtime.errors import InputError
 from tests.tiny import TINY
@@ -16,9 +18,8 @@ from tests.tiny import TINY
 )
 def test_with_a_frozen_detector_the_mask_branch_learns_alone(phase: int, losses: set[str]) -> None:
     torch.manual_seed(0)
-    config = load_config("lite0-shapes", TINY)
-    config = config.model_copy(update={"train": config.train.model_copy(update={"frozen_detector": True})})
-    model = build_model(Config.model_construct(**dict(config)), [{"id": 1, "name": "thing"}]).train()
+    config = load_config("lite0-shapes", {**TINY, "weights": "a checkpoint", "train.frozen_detector": True})
+    model = build_model(config, [{"id": 1, "name": "thing"}]).train()
     model.phase = phase
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
     masks[0, 10:40, 20:50] = 1
@@ -31,6 +32,7 @@ def test_with_a_frozen_detector_the_mask_branch_learns_alone(phase: int, losses:
 
 
 @pytest.mark.parametrize("weights", ["none", "imagenet"])
-def test_a_detector_that_was_never_trained_cannot_be_frozen(weights: str) -> None:
-    with pytest.raises(InputError, match="frozen_detector"):
-        load_config("lite0-shapes", {"weights": weights, "train.frozen_detector": True})
+@pytest.mark.parametrize("kept", [{"train.frozen_detector": True}, {"weights_part": "detector"}])
+def test_a_detector_that_was_never_trained_cannot_be_kept(weights: str, kept: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"weights '{weights}' hold no trained detector"):
+        load_config("lite0-shapes", {"weights": weights, **kept})

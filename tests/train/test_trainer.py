@@ -262,3 +262,24 @@ def test_lessons_that_were_interrupted_are_given_by_the_run_that_goes_on(
     trainer.train(config, tmp_path / "stopped", resume=True, quiet=True)
     whole, stopped = (load_checkpoint(tmp_path / name / "model.safetensors").tensors for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_mask_branch_can_begin_afresh_on_a_trained_detector_which_stays_as_it_is(tmp_path: Path, unjudged: None) -> None:
+    trainer.train(tiny(), tmp_path / "source", quiet=True)
+    source = tmp_path / "source" / "model.safetensors"
+    kept = {"weights": str(source), "weights_part": "detector", "train__frozen_detector": True, "train__seed": 5}
+    trainer.train(tiny(**kept), tmp_path / "run", quiet=True)
+    before, after = (load_checkpoint(path).tensors for path in (source, tmp_path / "run" / "model.safetensors"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} >= {"mask_branch.rfpn.tiny.0.weight"}
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mask_branch."))
+
+
+def test_a_detector_that_is_not_whole_is_not_kept(tmp_path: Path, unjudged: None) -> None:
+    trainer.train(tiny(), tmp_path / "source", quiet=True)
+    source, kept = tmp_path / "source" / "model.safetensors", {"train__frozen_detector": True}
+    with pytest.raises(InputError, match="that fits this model, whose detector is to be kept"):
+        trainer.train(tiny(weights=str(source), model__box_features=24, **kept), tmp_path / "other", quiet=True)
+    backbone = tmp_path / "backbone.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, backbone)
+    with pytest.raises(InputError, match=r"backbone\.pth is no DynaMask checkpoint"):
+        trainer.train(tiny(weights=str(backbone), **kept), tmp_path / "none", quiet=True)
