@@ -112,7 +112,7 @@ def _fail(sentence: str, status: int) -> int:
 
 def _usage_sentence(error: typer.exceptions.TyperException) -> str:
     context = getattr(error, "ctx", None)
-    message = error.format_message()
+    message = error.format_message().replace(": Value error, ", ": ")
     if context is None or not message:
         return message
     return f"{message.rstrip('.')}: see {context.command_path} --help."

@@ -229,7 +229,7 @@ LITE2 = LITE0.model_copy(update={"preset": "lite2", "backbone": "efficientnet_li
 
 PRESETS: dict[str, ModelConfig] = {preset.preset: preset for preset in (R50, R101, X101, R18, LITE0, LITE1, LITE2)}
 
-LITE_COCO = TrainConfig(batch=4, rate=0.02, warmup_steps=100, msm_rate_factor=4.0)
+LITE_COCO = TrainConfig(batch=4, rate=0.02, warmup_steps=100, msm_rate_factor=4.0, switch_instances=12_000)
 """For EfficientNet-Lite on one small GPU or a CPU; at 2.5 times the rate the classes are not learnt (docs/results/coco-mini.md)."""
 
 CONFIGS: dict[str, Config] = {

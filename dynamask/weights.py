@@ -81,8 +81,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # PyTorch's own words for the second recommend to load it unsafely.
+        fault = "it is none, or holds objects" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
         raise InputError(
-            f"{path} is no readable file of plain weights ({str(error).splitlines()[0]}):"
+            f"{path} is no readable file of plain weights ({fault}):"
             " copy it again if it was cut short, or save the model's state_dict() alone, with torch.save."
         ) from error
     for key in ("state_dict", "model"):

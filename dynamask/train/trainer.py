@@ -104,7 +104,10 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
         run = Run.prepared(config, output, state, report, interruption, world)
         if run.schedule.total_steps == 0 and not config.train.switch_instances:
             epochs = config.train.warm_epochs + config.train.epochs
-            raise InputError(f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.epochs or lower train.batch.")
+            raise InputError(
+                f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.epochs, lower train.batch, or give "
+                "train.switch_instances for lessons alone."
+            )
         try:
             return run.to_the_end()
         except RuntimeError as error:
