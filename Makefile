@@ -34,7 +34,9 @@ $(READY): pyproject.toml constraints.txt
 	echo "Setting up $(VENV) with $$($$python --version): some minutes and a few GB, once." >&2; \
 	rm -f $(READY); \
 	"$$python" -m venv --clear $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,tensorrt-rtx,dev]' || { \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,tensorrt-rtx,dev]' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $(VENV)/stubs tensorrt-stubs && \
+	$(BIN)/python scripts/tensorrt_stubs.py $(VENV)/stubs || { \
 	    echo "The packages could not be installed: the lines above say which; check the network and the free disk space, then run make again." >&2; \
 	    exit 1; \
 	}; \

@@ -14,8 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from runtime.cuda import Driver, open_driver
 from runtime.errors import DynaMaskError
@@ -23,7 +22,10 @@ from runtime.files import atomic_path, user_cache
 from runtime.targets.tensorrt import KernelLauncher
 from trt_plugins.kernels import KernelLibrary
 from trt_plugins.plugin import Launcher, register
-from trt_plugins.tensorrt import TensorRTTarget, load
+from trt_plugins.tensorrt import TensorRT, TensorRTTarget, load
+
+if TYPE_CHECKING:
+    import tensorrt
 
 Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -109,7 +111,7 @@ def _driver(target: TensorRTTarget, library: KernelLibrary) -> Iterator[tuple[Dr
 class _Builder:
     """One build; `error` is the last that TensorRT logged."""
 
-    def __init__(self, trt: ModuleType, progress: Progress) -> None:
+    def __init__(self, trt: TensorRT, progress: Progress) -> None:
         self.trt = trt
         self.progress = progress
         self.error = "it gave no reason"
@@ -133,10 +135,10 @@ class _Builder:
             if ranges:
                 profile = builder.create_optimization_profile()
                 for name, shapes in ranges.items():
-                    profile.set_shape(name, *shapes)
+                    profile.set_shape(name, *(trt.Dims(list(shape)) for shape in shapes))
                 config.add_optimization_profile(profile)
             with _timing_cache(trt, config, driver):
-                serialized = builder.build_serialized_network(network, config)
+                serialized = cast("tensorrt.IHostMemory | None", builder.build_serialized_network(network, config))
             if serialized is None:
                 raise self._failure("did not build the engine", self.error)
             engine.write_bytes(serialized)
@@ -144,20 +146,20 @@ class _Builder:
     def _failure(self, what: str, reason: str) -> DynaMaskError:
         return DynaMaskError(f"{self.trt.__name__} {self.trt.__version__} {what} ({reason.strip().rstrip('.')}); please report it.")
 
-    def _logger(self) -> Any:
+    def _logger(self) -> tensorrt.ILogger:
         trt, builder = self.trt, self
 
         class Logger(trt.ILogger):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
-            def log(self, severity: Any, message: str) -> None:
+            def log(self, severity: tensorrt.ILogger.Severity, message: str) -> None:
                 if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                     builder.error = message.partition("\n")[0]
 
         return Logger()
 
-    def _monitor(self) -> Any:
+    def _monitor(self) -> tensorrt.IProgressMonitor:
         trt, progress = self.trt, self.progress
 
         class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]
@@ -181,7 +183,7 @@ class _Builder:
 
 
 @contextlib.contextmanager
-def _timing_cache(trt: ModuleType, config: Any, driver: Driver | None) -> Iterator[None]:
+def _timing_cache(trt: TensorRT, config: tensorrt.IBuilderConfig, driver: Driver | None) -> Iterator[None]:
     """What the full TensorRT measures on a GPU, kept for the next build there; TensorRT for RTX measures nothing while it builds."""
     if driver is None:
         yield

@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from runtime.errors import DynaMaskError
 from trt_plugins.operator import DataDependent, DType, Launch, Operator, TensorSpec, Times
 from trt_plugins.registry import OPERATORS, PREFIX
+from trt_plugins.tensorrt import TensorRT, sizes
+
+if TYPE_CHECKING:
+    import tensorrt
 
 VERSION = "1"
 NAMESPACE = ""
@@ -31,13 +34,13 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 class Plugins:
     """This project's plugins in one TensorRT module, and what went wrong in them."""
 
-    def __init__(self, trt: ModuleType) -> None:
+    def __init__(self, trt: TensorRT) -> None:
         self.trt = trt
         self.launcher: Launcher | None = None
         """Taken by the plugins that are created from now on; those of an engine keep what they were created with."""
         self.failures: list[BaseException] = []
         """What the plugins' callbacks raised. TensorRT prints such exceptions and goes on, or fails later with words of its own."""
-        self.creators: dict[str, Any] = {}
+        self.creators: dict[str, tensorrt.IPluginCreatorV3One] = {}
         """By operator. TensorRT keeps pointers to them, nothing more."""
         # The registry writes to the logger of the oldest builder or runtime of the process, dead or alive; so that is this one.
         self._logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
@@ -66,7 +69,7 @@ class Plugins:
 _REGISTERED: dict[str, Plugins] = {}
 
 
-def register(trt: ModuleType, launcher: Launcher | None = None, operators: Iterable[type[Operator]] | None = None) -> Plugins:
+def register(trt: TensorRT, launcher: Launcher | None = None, operators: Iterable[type[Operator]] | None = None) -> Plugins:
     """Make TensorRT know the plugins of the operators, by default of all in `registry.OPERATORS`; again only sets the launcher.
 
     Call it before anything else is made of `trt`: a builder or runtime that was made first and is gone would be written to.
@@ -89,7 +92,7 @@ def register(trt: ModuleType, launcher: Launcher | None = None, operators: Itera
     return plugins
 
 
-def _types(trt: ModuleType) -> Mapping[Any, DType]:
+def _types(trt: TensorRT) -> Mapping[tensorrt.DataType, DType]:
     return {trt.float32: "float32", trt.float16: "float16", trt.int32: "int32", trt.int64: "int64", trt.bool: "bool"}
 
 
@@ -107,7 +110,7 @@ def _recorded(method: Method) -> Method:
     return cast(Method, callback)
 
 
-def _creator(plugins: Plugins, operator_class: type[Operator]) -> Any:
+def _creator(plugins: Plugins, operator_class: type[Operator]) -> tensorrt.IPluginCreatorV3One:
     trt = plugins.trt
     plugin_class = _plugin_class(trt, operator_class)
 
@@ -122,7 +125,7 @@ def _creator(plugins: Plugins, operator_class: type[Operator]) -> Any:
             self.field_names = self.fields.collection
 
         @_recorded
-        def create_plugin(self, name: str, fields: Iterable[Any], phase: Any) -> Any:
+        def create_plugin(self, name: str, fields: Iterable[tensorrt.PluginField], phase: tensorrt.TensorRTPhase) -> tensorrt.IPluginV3:
             kinds = {attribute.name: attribute.kind for attribute in operator_class.attributes}
             values = {field.name: np.asarray(field.data).tolist() for field in fields}
             scalars = {key: value[0] for key, value in values.items() if kinds[key] in ("int", "float") and len(value) == 1}
@@ -134,18 +137,18 @@ def _creator(plugins: Plugins, operator_class: type[Operator]) -> Any:
 class _Fields:
     """An operator's attributes as TensorRT's fields, which point into this: it must live as long as they do."""
 
-    def __init__(self, trt: ModuleType, operator: type[Operator], values: Mapping[str, Any]) -> None:
+    def __init__(self, trt: TensorRT, operator: type[Operator], values: Mapping[str, Any]) -> None:
         # The types are those in which the ONNX parser gives attributes.
         kinds = {"int": (np.int32, trt.PluginFieldType.INT32), "float": (np.float32, trt.PluginFieldType.FLOAT32)}
         self.fields = []
         for attribute in operator.attributes:
             dtype, kind = kinds[attribute.kind.removesuffix("s")]
             data = np.atleast_1d(np.asarray(values.get(attribute.name, ()), dtype))
-            self.fields.append(trt.PluginField(attribute.name, data, kind))
+            self.fields.append(trt.PluginField(cast("tensorrt.FallbackString", attribute.name), data, kind))
         self.collection = trt.PluginFieldCollection(self.fields)
 
 
-def _plugin_class(trt: ModuleType, operator_class: type[Operator]) -> type[Any]:
+def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
     names = _types(trt)
     types = {name: kind for kind, name in names.items()}
     interfaces = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
@@ -169,46 +172,53 @@ def _plugin_class(trt: ModuleType, operator_class: type[Operator]) -> type[Any]:
             self.input_types: list[DType] = []
             self.launches: dict[tuple[tuple[int, ...], ...], list[Launch]] = {}
 
-        def clone(self) -> Any:
+        def clone(self) -> tensorrt.IPluginV3:
             twin = Plugin(self.plugins, self.operator)
             twin.__dict__.update(self.__dict__)
             return twin
 
-        def get_capability_interface(self, kind: Any) -> Any:
+        def get_capability_interface(self, kind: tensorrt.PluginCapabilityType) -> tensorrt.IPluginCapability:
             return self
 
         @_recorded
-        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+        def get_output_data_types(self, input_types: Sequence[tensorrt.DataType]) -> list[tensorrt.DataType]:
             self.input_types[:] = [_name(kind) for kind in input_types]
             return [types[name] for name in self.operator.output_types(self.input_types)]
 
         @_recorded
-        def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
-            known = [tuple(size.get_constant_value() if size.is_constant() else None for size in dims) for dims in inputs]
+        def get_output_shapes(
+            self, inputs: Sequence[tensorrt.DimsExprs], shape_inputs: Sequence[tensorrt.DimsExprs], builder: tensorrt.IExprBuilder
+        ) -> list[tensorrt.DimsExprs]:
+            dimensions = [list(cast(Iterable["tensorrt.IDimensionExpr"], dims)) for dims in inputs]
+            known = [tuple(size.get_constant_value() if size.is_constant() else None for size in dims) for dims in dimensions]
             # TensorRT asks for the types first: what does not fit is refused while the graph is parsed.
             self.operator.check_inputs([TensorSpec(shape, dtype) for shape, dtype in zip(known, self.input_types, strict=True)])
-            shapes = self.operator.output_shapes([list(dims) for dims in inputs])
-            sizes: dict[int, Any] = {}
-            return [trt.DimsExprs([_dimension(size, sizes, builder) for size in shape]) for shape in shapes]
+            shapes = self.operator.output_shapes(dimensions)
+            declared: dict[int, tensorrt.IDimensionExpr] = {}
+            return [trt.DimsExprs([_dimension(size, declared, builder) for size in shape]) for shape in shapes]
 
-        def supports_format_combination(self, position: int, tensors: Sequence[Any], num_inputs: int) -> bool:
+        def supports_format_combination(self, position: int, tensors: Sequence[tensorrt.DynamicPluginTensorDesc], num_inputs: int) -> bool:
             # The types are the graph's, which get_output_data_types accepted: networks are strongly typed.
             return bool(tensors[position].desc.format == trt.TensorFormat.LINEAR)
 
-        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        def configure_plugin(
+            self, inputs: Sequence[tensorrt.DynamicPluginTensorDesc], outputs: Sequence[tensorrt.DynamicPluginTensorDesc]
+        ) -> None:
             pass
 
         @_recorded
-        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            return self.operator.workspace([TensorSpec(tuple(desc.max), _name(desc.desc.type)) for desc in inputs]).bytes
+        def get_workspace_size(
+            self, inputs: Sequence[tensorrt.DynamicPluginTensorDesc], outputs: Sequence[tensorrt.DynamicPluginTensorDesc]
+        ) -> int:
+            return self.operator.workspace([TensorSpec(sizes(desc.max), _name(desc.desc.type)) for desc in inputs]).bytes
 
-        def get_fields_to_serialize(self) -> Any:
+        def get_fields_to_serialize(self) -> tensorrt.PluginFieldCollection:
             return self.fields.collection
 
-        def attach_to_context(self, context: Any) -> Any:
+        def attach_to_context(self, context: tensorrt.IPluginResourceContext) -> tensorrt.IPluginV3:
             return self.clone()
 
-        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        def on_shape_change(self, inputs: Sequence[tensorrt.PluginTensorDesc], outputs: Sequence[tensorrt.PluginTensorDesc]) -> None:
             pass
 
         def set_tactic(self, tactic: int) -> None:
@@ -217,8 +227,8 @@ def _plugin_class(trt: ModuleType, operator_class: type[Operator]) -> type[Any]:
         @_recorded
         def enqueue(
             self,
-            input_desc: Sequence[Any],
-            output_desc: Sequence[Any],
+            input_desc: Sequence[tensorrt.PluginTensorDesc],
+            output_desc: Sequence[tensorrt.PluginTensorDesc],
             inputs: Sequence[int],
             outputs: Sequence[int],
             workspace: int,
@@ -226,7 +236,7 @@ def _plugin_class(trt: ModuleType, operator_class: type[Operator]) -> type[Any]:
         ) -> None:
             if self.launcher is None:
                 raise DynaMaskError(f"{self.operator.node} cannot run: its plugin was registered without a launcher, to build with.")
-            shapes = tuple(tuple(desc.dims) for desc in input_desc)
+            shapes = tuple(sizes(desc.dims) for desc in input_desc)
             if shapes not in self.launches:
                 specs = [TensorSpec(shape, _name(desc.type)) for shape, desc in zip(shapes, input_desc, strict=True)]
                 # Not output_desc: the room for a data-dependent output is its upper bound, which TensorRT does not promise to say.
@@ -235,22 +245,22 @@ def _plugin_class(trt: ModuleType, operator_class: type[Operator]) -> type[Any]:
             for launch in self.launches[shapes]:
                 self.launcher(launch, inputs, outputs, workspace, stream)
 
-    def _name(kind: Any) -> DType:
+    def _name(kind: tensorrt.DataType) -> DType:
         if kind not in names:
             raise DynaMaskError(f"{operator_class.name} takes no tensors of type {kind}.")
         return names[kind]
 
-    def _dimension(size: Any, sizes: dict[int, Any], builder: Any) -> Any:
+    def _dimension(size: Any, declared: dict[int, tensorrt.IDimensionExpr], builder: tensorrt.IExprBuilder) -> tensorrt.IDimensionExpr:
         if isinstance(size, int):
             return builder.constant(size)
         if isinstance(size, Times):
             return builder.operation(trt.DimensionOperation.PROD, size.size, builder.constant(size.factor))
         if not isinstance(size, DataDependent):
             return size
-        if size.size_output not in sizes:  # Declared once, however many outputs have it.
-            upper = _dimension(size.upper, sizes, builder)
+        if size.size_output not in declared:  # Declared once, however many outputs have it.
+            upper = _dimension(size.upper, declared, builder)
             likely = builder.operation(trt.DimensionOperation.CEIL_DIV, upper, builder.constant(2))
-            sizes[size.size_output] = builder.declare_size_tensor(size.size_output, likely, upper)
-        return sizes[size.size_output]
+            declared[size.size_output] = builder.declare_size_tensor(size.size_output, likely, upper)
+        return declared[size.size_output]
 
     return Plugin

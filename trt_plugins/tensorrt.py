@@ -9,11 +9,15 @@ import importlib.util
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import tensorrt
 
 TensorRTTarget = Literal["tensorrt-rtx", "tensorrt"]
 
@@ -29,10 +33,47 @@ _INSTALL = {
 }
 
 
-def load(target: TensorRTTarget) -> ModuleType:
-    """TensorRT's Python module for a target: `tensorrt_rtx` or `tensorrt`, which share the API that this project uses.
+class TensorRT(Protocol):
+    """What this project uses of `tensorrt` and `tensorrt_rtx` alike, as `tensorrt-stubs` types it."""
 
-    It is a plain module, typed by nothing: the stubs that exist for `tensorrt` hold syntax errors.
+    __name__: str
+    __version__: str
+    Builder: type[tensorrt.Builder]
+    BuilderFlag: type[tensorrt.BuilderFlag]
+    DimensionOperation: type[tensorrt.DimensionOperation]
+    Dims: type[tensorrt.Dims]
+    DimsExprs: type[tensorrt.DimsExprs]
+    ILogger: type[tensorrt.ILogger]
+    IOutputAllocator: type[tensorrt.IOutputAllocator]
+    IPluginCreatorV3One: type[tensorrt.IPluginCreatorV3One]
+    IPluginV3: type[tensorrt.IPluginV3]
+    IPluginV3OneBuild: type[tensorrt.IPluginV3OneBuild]
+    IPluginV3OneCore: type[tensorrt.IPluginV3OneCore]
+    IPluginV3OneRuntime: type[tensorrt.IPluginV3OneRuntime]
+    IProgressMonitor: type[tensorrt.IProgressMonitor]
+    Logger: type[tensorrt.Logger]
+    NetworkDefinitionCreationFlag: type[tensorrt.NetworkDefinitionCreationFlag]
+    OnnxParser: type[tensorrt.OnnxParser]
+    PluginField: type[tensorrt.PluginField]
+    PluginFieldCollection: type[tensorrt.PluginFieldCollection]
+    PluginFieldType: type[tensorrt.PluginFieldType]
+    Runtime: type[tensorrt.Runtime]
+    TensorFormat: type[tensorrt.TensorFormat]
+    bool: tensorrt.DataType
+    float16: tensorrt.DataType
+    float32: tensorrt.DataType
+    int32: tensorrt.DataType
+    int64: tensorrt.DataType
+
+    def get_plugin_registry(self) -> tensorrt.IPluginRegistry:
+        """Of the process."""
+
+    def nptype(self, trt_type: tensorrt.DataType) -> npt.DTypeLike:
+        """NumPy's type."""
+
+
+def load(target: TensorRTTarget) -> TensorRT:
+    """TensorRT's Python module for a target: `tensorrt_rtx` or `tensorrt`.
 
     Raises:
         InputError: it is not installed or does not load, or TensorRT for RTX would abort this process at the first plugin.
@@ -43,9 +84,14 @@ def load(target: TensorRTTarget) -> ModuleType:
     if target == "tensorrt-rtx":
         _name_library()
     try:
-        return importlib.import_module(name)
+        return cast(TensorRT, importlib.import_module(name))
     except (ImportError, OSError) as error:
         raise InputError(f"The target {target} is installed but does not load ({error}); install {name} again.") from error
+
+
+def sizes(dims: tensorrt.Dims) -> tuple[int, ...]:
+    """A shape's sizes. The stubs do not say that it can be iterated."""
+    return tuple(cast(Iterable[int], dims))
 
 
 def _is_installed(name: str) -> bool:

@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,10 @@ from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.operator import Buffer, KernelSpec, Launch
 from trt_plugins.plugin import register
-from trt_plugins.tensorrt import TensorRTTarget, load
+from trt_plugins.tensorrt import TensorRT, TensorRTTarget, load, sizes
+
+if TYPE_CHECKING:
+    import tensorrt
 
 ENGINE = "engine.bin"
 INPUTS = ("image", "min_score", "budget", "grid_override")
@@ -95,7 +98,7 @@ class TensorRTEngine:
                 with self._needing(self._engine.device_memory_size_v2):
                     self._context = self._create_context()
             # TensorRT keeps pointers to them, nothing more.
-            self._allocators: dict[str, Any] = {}
+            self._allocators: dict[str, tensorrt.IOutputAllocator] = {}
             self._tensors = self._create_tensors(trt, resources)
             self._resources = resources.pop_all()
 
@@ -110,7 +113,8 @@ class TensorRTEngine:
         with self._driver.current():
             if self._cache is not None:
                 self._cache.save()
-            self._context = self._cache = self._engine = self._start = self._detected = None
+            self._start = self._detected = self._cache = None
+            self._context = self._engine = cast(Any, None)
             self._resources.close()
 
     @property
@@ -120,7 +124,7 @@ class TensorRTEngine:
         It does not grow. What CUDA itself takes for its context, and code that TensorRT for RTX compiles, come on top.
         """
         buffers = sum(tensor.room.nbytes for tensor in self._tensors.values())
-        return self._path.stat().st_size + int(self._engine.device_memory_size_v2) + buffers
+        return self._path.stat().st_size + self._engine.device_memory_size_v2 + buffers
 
     def run(
         self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
@@ -142,7 +146,7 @@ class TensorRTEngine:
         with driver.current():
             self._set_input_shapes(max(images, self.profile.batch[0]), (height, width))
             for name in tensors.keys() - self._allocators.keys():
-                tensors[name].shape = tuple(self._context.get_tensor_shape(name))
+                tensors[name].shape = sizes(self._context.get_tensor_shape(name))
             canvases, least, limit, given = (tensors[name].host for name in INPUTS)
             canvases[:images], canvases[images:] = image, 0
             # With a grid given, what is found on an empty canvas has no part in the budget; the smallest costs least.
@@ -175,9 +179,10 @@ class TensorRTEngine:
         library = KernelLibrary.from_files({name: file.read_bytes() for name, file in files.items() if name != ENGINE})
         return library.for_device(self._driver.compute_capability)
 
-    def _deserialise(self, trt: ModuleType, entry: EngineEntry) -> Any:
+    def _deserialise(self, trt: TensorRT, entry: EngineEntry) -> tensorrt.ICudaEngine:
         with self._plugins.raising():
-            engine = trt.Runtime(self._logger).deserialize_cuda_engine(self._path.read_bytes())
+            loaded = trt.Runtime(self._logger).deserialize_cuda_engine(self._path.read_bytes())
+        engine = cast("tensorrt.ICudaEngine | None", loaded)
         if engine is None:
             built = entry.versions.get(self.target, "?")
             device = f"{self._driver.device} of compute capability {self._driver.compute_capability}"
@@ -190,9 +195,10 @@ class TensorRTEngine:
             raise InputError(f"{self._path} takes and gives {', '.join(sorted(names))}, which is no DynaMask; {self._remedy}")
         return engine
 
-    def _create_context(self) -> Any:
+    def _create_context(self) -> tensorrt.IExecutionContext:
         with self._plugins.raising():
-            context = self._engine.create_execution_context(*([] if self._cache is None else [self._cache.config]))
+            created = self._engine.create_execution_context(*([] if self._cache is None else [self._cache.config]))
+        context = cast("tensorrt.IExecutionContext | None", created)
         if context is None:
             raise DynaMaskError(f"TensorRT could not prepare {self._path} to run ({self._logger.reason}).")
         return context
@@ -200,15 +206,15 @@ class TensorRTEngine:
     def _set_input_shapes(self, images: int, canvas: Canvas) -> None:
         """Tell TensorRT the sizes of a run, where they are not those that it has."""
         for name, shape in {"image": (images, 3, *canvas), "grid_override": (images * self.manifest.detections,)}.items():
-            if shape != tuple(self._context.get_tensor_shape(name)) and not self._context.set_input_shape(name, shape):
+            if shape != sizes(self._context.get_tensor_shape(name)) and not self._context.set_input_shape(name, shape):
                 raise InputError(
                     f"{self._path} does not take {list(shape)} as its {name}, which the manifest says that it does "
                     f"({self._logger.reason}); {self._remedy}"
                 )
 
-    def _create_tensors(self, trt: ModuleType, resources: contextlib.ExitStack) -> dict[str, Tensor]:
+    def _create_tensors(self, trt: TensorRT, resources: contextlib.ExitStack) -> dict[str, Tensor]:
         self._set_input_shapes(self.profile.batch[-1], self.profile.canvas[-1])
-        shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in (*INPUTS, *OUTPUTS)}
+        shapes = {name: sizes(self._context.get_tensor_shape(name)) for name in (*INPUTS, *OUTPUTS)}
         types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
         sizes = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
         sizes |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
@@ -216,7 +222,7 @@ class TensorRTEngine:
             return {name: self._create_tensor(trt, name, shapes[name], types[name], sizes[name], resources) for name in sizes}
 
     def _create_tensor(
-        self, trt: ModuleType, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, resources: contextlib.ExitStack
+        self, trt: TensorRT, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, resources: contextlib.ExitStack
     ) -> Tensor:
         address, memory = self._driver.allocate(size), self._driver.allocate_pinned(size)
         resources.callback(self._driver.free, address)
@@ -313,11 +319,12 @@ class RuntimeCache:
     The file only saves time: one that does not fit is refused by TensorRT, and one that cannot be written is done without.
     """
 
-    def __init__(self, trt: ModuleType, engine: Any, path: Path) -> None:
-        self.config = engine.create_runtime_config()
+    def __init__(self, trt: TensorRT, engine: tensorrt.ICudaEngine, path: Path) -> None:
+        # TensorRT has no such thing.
+        self.config = cast(Any, engine).create_runtime_config()
         """For `create_execution_context`."""
         # The number of instances changes from frame to frame: kernels made for one number would be compiled without end.
-        self.config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
+        self.config.dynamic_shapes_kernel_specialization_strategy = cast(Any, trt).DynamicShapesKernelSpecializationStrategy.NONE
         self._cache = self.config.create_runtime_cache()
         self._path = path
         self._saved = b""
@@ -346,13 +353,13 @@ def library_version(target: str) -> str:
     return str(load(cast(TensorRTTarget, target)).__version__)
 
 
-def _runtime_cache(trt: ModuleType, engine: Any, entry: EngineEntry, device: str) -> RuntimeCache:
+def _runtime_cache(trt: TensorRT, engine: tensorrt.ICudaEngine, entry: EngineEntry, device: str) -> RuntimeCache:
     folder = user_cache("tensorrt-rtx")
     sha256 = next(file.sha256 for name, file in entry.files.items() if Path(name).name == ENGINE)
     return RuntimeCache(trt, engine, folder / f"{sha256[:16]}-{re.sub('[^0-9A-Za-z]+', '-', device)}.bin")
 
 
-def _logger(trt: ModuleType) -> Any:
+def _logger(trt: TensorRT) -> Any:
     class Logger(trt.ILogger):  # type: ignore[name-defined]
         """Keeps the first error since `reason` was last asked for; says nothing itself."""
 
@@ -360,7 +367,7 @@ def _logger(trt: ModuleType) -> Any:
             trt.ILogger.__init__(self)
             self._first = ""
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: tensorrt.ILogger.Severity, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self._first = self._first or message
 
@@ -372,7 +379,7 @@ def _logger(trt: ModuleType) -> Any:
     return Logger()
 
 
-def _output_allocator(trt: ModuleType, tensor: Tensor) -> Any:
+def _output_allocator(trt: TensorRT, tensor: Tensor) -> tensorrt.IOutputAllocator:
     class OutputAllocator(trt.IOutputAllocator):  # type: ignore[name-defined]
         """Gives TensorRT the room that an output has, and notes the shape it turns out to have."""
 
