@@ -216,10 +216,10 @@ class TensorRTEngine:
         self._set_input_shapes(self.profile.batch[-1], self.profile.canvas[-1])
         shapes = {name: sizes(self._context.get_tensor_shape(name)) for name in (*INPUTS, *OUTPUTS)}
         types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
-        sizes = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
-        sizes |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
-        with self._needing(sum(sizes.values())):
-            return {name: self._create_tensor(trt, name, shapes[name], types[name], sizes[name], resources) for name in sizes}
+        room = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
+        room |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
+        with self._needing(sum(room.values())):
+            return {name: self._create_tensor(trt, name, shapes[name], types[name], room[name], resources) for name in room}
 
     def _create_tensor(
         self, trt: TensorRT, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, resources: contextlib.ExitStack
