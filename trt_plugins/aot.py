@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -66,25 +67,35 @@ def compile_kernels(
             progress(len(kernels), len(files))
 
     report()
-    for job, kernel in _compile_all(missing, processes or min(os.cpu_count() or 1, MOST_PROCESSES)):
-        with atomic_path(files[job]) as temporary:
-            temporary.write_text(kernel.model_dump_json(), encoding="utf-8")
-        kernels[job] = kernel
+    for spec, compiled in _compile_all(_jobs(missing), processes or min(os.cpu_count() or 1, MOST_PROCESSES)):
+        for kernel in compiled:
+            kernels[spec, kernel.compute_capability] = kernel
+            with atomic_path(files[spec, kernel.compute_capability]) as temporary:
+                temporary.write_text(kernel.model_dump_json(), encoding="utf-8")
         report()
     return KernelLibrary(kernels.values())
 
 
-Job = tuple[KernelSpec, str]
+Job = tuple[KernelSpec, tuple[str, ...]]
+"""A kernel, and compute capabilities that Triton makes the same PTX for."""
 
 
-def _compile_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, CompiledKernel]]:
+def _jobs(missing: Iterable[tuple[KernelSpec, str]]) -> list[Job]:
+    """Triton's PTX for 8.0, 8.6, 8.7 and 8.9 differs in the name of the target alone (`tests/trt_plugins/test_aot.py`): it is made once."""
+    jobs: dict[tuple[KernelSpec, str], list[str]] = {}
+    for spec, capability in missing:
+        jobs.setdefault((spec, "8" if capability.startswith("8.") else capability), []).append(capability)
+    return [(spec, tuple(capabilities)) for (spec, _), capabilities in jobs.items()]
+
+
+def _compile_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[KernelSpec, list[CompiledKernel]]]:
     if not jobs:
         return
     with (
         tempfile.TemporaryDirectory(prefix="dynamask-triton-") as scratch,
         ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn"), _start_worker, (scratch,)) as pool,
     ):
-        futures = {pool.submit(_compile, *job): job for job in jobs}
+        futures = {pool.submit(_compile, *job): job[0] for job in jobs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -102,17 +113,18 @@ def _start_worker(scratch: str) -> None:
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # Line information holds this machine's paths.
 
 
-def _compile(spec: KernelSpec, capability: str) -> CompiledKernel:
+def _compile(spec: KernelSpec, capabilities: Sequence[str]) -> list[CompiledKernel]:
     try:
-        return _compile_here(spec, capability)
+        return _compile_here(spec, capabilities)
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise DynaMaskError(
-            f"{spec.module}.{spec.function} does not compile for compute capability {capability}: {type(error).__name__}: {reason[-1]}"
+            f"{spec.module}.{spec.function} does not compile for compute capability {' or '.join(capabilities)}: "
+            f"{type(error).__name__}: {reason[-1]}"
         ) from error
 
 
-def _compile_here(spec: KernelSpec, capability: str) -> CompiledKernel:
+def _compile_here(spec: KernelSpec, capabilities: Sequence[str]) -> list[CompiledKernel]:
     import triton
     from triton.backends.compiler import BaseBackend, GPUTarget
     from triton.compiler import ASTSource
@@ -129,12 +141,31 @@ def _compile_here(spec: KernelSpec, capability: str) -> CompiledKernel:
         # "D": divisible by 16, as TensorRT's addresses are.
         attrs={(index,): BaseBackend.parse_attr("D") for index, name in enumerate(names) if types.get(name, "").startswith("*")},
     )
-    target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
+    target = GPUTarget("cuda", int(capabilities[0].replace(".", "")), 32)
     # Fused multiply-adds are said, because their default changes with Triton 3.10.
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=target, options=options)
-    metadata, cubin = compiled.metadata, compiled.asm["cubin"]
-    registers, spills = _resources(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", cubin)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    cubins = {capabilities[0]: compiled.asm["cubin"]}
+    cubins |= {other: _assemble(tools / "ptxas", compiled.asm["ptx"], other) for other in capabilities[1:]}
+    return [_kernel(spec, capability, compiled.metadata, cubin, tools / "cuobjdump") for capability, cubin in cubins.items()]
+
+
+def _assemble(ptxas: Path, ptx: str, capability: str) -> bytes:
+    """The cubin of PTX that was made for another compute capability, as Triton's own call makes it."""
+    name = f"sm_{capability.replace('.', '')}"
+    with tempfile.TemporaryDirectory(prefix="dynamask-") as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(re.sub(r"(?m)^\.target sm_\w+", f".target {name}", ptx), encoding="utf-8")
+        options = ["-lineinfo", "-suppress-debug-info"]
+        done = subprocess.run([ptxas, *options, f"--gpu-name={name}", source, "-o", cubin], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"ptxas: {done.stderr.strip()}")
+        return cubin.read_bytes()
+
+
+def _kernel(spec: KernelSpec, capability: str, metadata: Any, cubin: bytes, cuobjdump: Path) -> CompiledKernel:
+    registers, spills = _resources(cuobjdump, cubin)
     return CompiledKernel(
         key=spec.key,
         compute_capability=capability,

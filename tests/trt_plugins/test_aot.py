@@ -34,16 +34,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def library(cache: Path) -> KernelLibrary:
     assert os.environ["TRITON_INTERPRET"] == "1", "the workers have to take it away"
-    return aot.compile_kernels([*SPECS, SPECS[0]], ["8.7", "9.0"], processes=1, cache=cache)
+    return aot.compile_kernels([*SPECS, SPECS[0]], ["8.6", "8.7", "9.0"], processes=1, cache=cache)
 
 
 def test_kernels_are_compiled_for_gpus_that_are_not_there(library: KernelLibrary) -> None:
     found, scaled = sorted({spec.key for spec in SPECS})
     assert [(kernel.key, kernel.compute_capability) for kernel in library.kernels] == [
-        (found, "8.7"),
-        (found, "9.0"),
-        (scaled, "8.7"),
-        (scaled, "9.0"),
+        (key, capability) for key in (found, scaled) for capability in ("8.6", "8.7", "9.0")
     ]
     for kernel in library.kernels:
         assert kernel.cubin.startswith(b"\x7fELF")
@@ -56,12 +53,17 @@ def test_kernels_are_compiled_for_gpus_that_are_not_there(library: KernelLibrary
         assert str(REPOSITORY).encode() not in kernel.cubin
 
 
+def test_what_is_made_of_another_targets_ptx_is_what_triton_makes(library: KernelLibrary, tmp_path: Path) -> None:
+    own = aot.compile_kernels(SPECS, ["8.7"], processes=1, cache=tmp_path)
+    assert own.kernels == [kernel for kernel in library.kernels if kernel.compute_capability == "8.7"]
+
+
 def test_what_was_compiled_is_not_compiled_again(library: KernelLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot, "ProcessPoolExecutor", None)
     heard: list[tuple[int, int]] = []
-    again = aot.compile_kernels(SPECS, ["9.0", "8.7"], progress=lambda *done: heard.append(done), cache=cache)
+    again = aot.compile_kernels(SPECS, ["9.0", "8.7", "8.6"], progress=lambda *done: heard.append(done), cache=cache)
     assert again.kernels == library.kernels
-    assert heard == [(4, 4)]
+    assert heard == [(6, 6)]
 
 
 def test_a_damaged_file_in_the_cache_is_as_good_as_none(library: KernelLibrary, tmp_path: Path) -> None:
@@ -127,8 +129,8 @@ if __name__ == "__main__":
 """)
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
-    for expected in ("0", "1"):  # One is ready, eleven are not.
-        assert process.stdout.readline().strip() == expected
+    assert process.stdout.readline().strip() == "0"
+    assert 1 <= int(process.stdout.readline()) <= 4  # The first is ready, for all 8.x perhaps, the rest of twelve is not.
     os.killpg(process.pid, signal.SIGINT)
     _, messages = process.communicate(timeout=20)
     assert process.returncode != 0
@@ -158,8 +160,8 @@ def compiled(key: int, compute_capability: str) -> CompiledKernel:
 def test_a_library_comes_back_from_its_files(library: KernelLibrary) -> None:
     files = library.to_files()
     kernel = library.kernels[0]
-    assert files[f"kernels/{kernel.key}.sm_87.cubin"] == kernel.cubin
-    assert json.loads(files["kernels.json"])[0]["compute_capability"] == "8.7"
+    assert files[f"kernels/{kernel.key}.sm_86.cubin"] == kernel.cubin
+    assert json.loads(files["kernels.json"])[0]["compute_capability"] == "8.6"
     assert KernelLibrary.from_files({**files, "engine.bin": b""}).kernels == library.kernels
 
 
