@@ -84,7 +84,7 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
     Returns:
         What `metrics.json` holds: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
-        grid), `skipped` (images), `checkpoint`, `best`, `seconds`.
+        grid), `lessons` (the switch's, in GMAC an instance, or None), `skipped` (images), `checkpoint`, `best`, `seconds`.
 
     Raises:
         InputError: the output folder holds another run or cannot be written, there is nothing to resume, the data cannot be used, the
@@ -167,8 +167,8 @@ class Run:
     skipped: set[int] = field(default_factory=set)
     """Indices of the images that could not be read so far."""
     loss_watch: _LossWatch = field(default_factory=_LossWatch)
-    taught: int | None = None
-    """The step after which the switch had its lessons."""
+    lessons: dict[str, Any] | None = None
+    """The switch's, once it had them: `step` after which, `detections`, `allowed_cost` and what `fit_switch` found, if they taught."""
 
     @classmethod
     def prepared(
@@ -209,7 +209,7 @@ class Run:
             run.step, run.seconds, run.evaluations = (state.progress[name] for name in ("step", "seconds", "evaluations"))
             run.skipped = set(state.progress.get("skipped", []))
             run.loss_watch = _LossWatch(**state.progress.get("loss_watch", {}))
-            run.taught = state.progress.get("taught")
+            run.lessons = state.progress.get("lessons")
         return run
 
     def to_the_end(self) -> dict[str, Any]:
@@ -341,22 +341,25 @@ class Run:
         The first process does, whose weights are those that are kept.
         """
         wanted = self.config.train.switch_instances
-        if not wanted or self.taught == self.step or self.config.model.mask_head == "maskrcnn":
+        given = self.lessons is not None and self.lessons["step"] == self.step
+        if not wanted or given or self.config.model.mask_head == "maskrcnn":
             return True
         self.evaluations = [entry for entry in self.evaluations if entry["step"] != self.step]
-        if self.world.is_main and not self._lessons(wanted):
+        figures = self._lessons(wanted) if self.world.is_main else {}
+        if figures is None:
             return False
-        self.taught = self.step
+        self.lessons = {"step": self.step, **figures}
         self._save()
         return True
 
-    def _lessons(self, wanted: int) -> bool:
+    def _lessons(self, wanted: int) -> dict[str, Any] | None:
         branch, seed = self.model.mask_branch, self.config.train.seed
         assert isinstance(branch.msm, MaskSwitch)
         self.report.start(0, wanted)
         lessons = collect_lessons(self.model, self.train_set, wanted, seed, self.report.lessons, self.interruption)
         if lessons is None:
-            return False
+            return None
+        figures: dict[str, Any] = {"detections": len(lessons.regions)}
         if not lessons.teach:
             self.report.message(
                 f"Of {len(lessons.regions)} detections on the training images none is better at one grid than at another: "
@@ -364,12 +367,12 @@ class Run:
             )
         else:
             mean_cost = self.config.train.budget / LARGEST_PAPER_COST * float(branch.costs[-1])
-            figures = fit_switch(branch.msm, lessons, branch.costs, mean_cost, seed)
+            figures |= {"allowed_cost": mean_cost, **fit_switch(branch.msm, lessons, branch.costs, mean_cost, seed)}
             self.report.message(
                 f"The switch learnt from {len(lessons.regions)} detections what each grid is worth: {figures['explained']:.0%} of the "
                 f"variance explained, {figures['mean_cost']:.4f} GMAC an instance (C_t allows {mean_cost:.4f})"
             )
-        return True
+        return figures
 
     def _note_skipped(self, skipped: list[dict[str, Any]], log: RunLog | None) -> None:
         """Count and list the step's broken images, those of all processes, in each of them."""
@@ -454,7 +457,7 @@ class Run:
         if not self.world.is_main:
             return
         progress = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations}
-        progress |= {"skipped": sorted(self.skipped), "loss_watch": asdict(self.loss_watch), "taught": self.taught}
+        progress |= {"skipped": sorted(self.skipped), "loss_watch": asdict(self.loss_watch), "lessons": self.lessons}
         fields = {"config": self.config.model_dump(mode="json"), "classes": self.val_set.classes}
         fields |= {"scaler": self.scaler.state_dict(), "progress": progress}
         save_state(self.output / "state.safetensors", self.model, self.optimizer, fields)
@@ -482,6 +485,7 @@ class Run:
             "losses": losses_by_epoch(self.output),
             "ap_by_epoch": [{name: value for name, value in entry.items() if name != "uniform"} for entry in self.evaluations],
             "uniform": self.evaluations[-1].get("uniform") if self.evaluations else None,
+            "lessons": self.lessons,
             "skipped": len(self.skipped),
             "checkpoint": str(self.output / "model.safetensors"),
             "best": str(best) if best.exists() else None,

@@ -231,13 +231,15 @@ def instructive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_switch_has_its_lessons_once_after_the_last_step(tmp_path: Path, unjudged: None, instructive: None) -> None:
     config = tiny(train__switch_instances=8, model__score_threshold=0.0)
-    trainer.train(config, tmp_path, quiet=True)
+    result = trainer.train(config, tmp_path, quiet=True)
+    lessons = result["lessons"]
+    assert (lessons["step"], lessons["detections"]) == (result["steps"], 8) and lessons["mean_cost"] <= lessons["allowed_cost"]
     before = tiny(model__score_threshold=0.0)
-    trainer.train(before, tmp_path / "untaught", quiet=True)
+    assert trainer.train(before, tmp_path / "untaught", quiet=True)["lessons"] is None
     taught, untaught = (load_checkpoint(folder / "model.safetensors").tensors for folder in (tmp_path, tmp_path / "untaught"))
     changed = {name for name in taught if not torch.equal(taught[name], untaught[name])}
     assert changed and all(".msm." in name for name in changed)
-    trainer.train(config, tmp_path, resume=True, quiet=True)
+    assert trainer.train(config, tmp_path, resume=True, quiet=True)["lessons"] == lessons
     again = load_checkpoint(tmp_path / "model.safetensors").tensors
     assert all(torch.equal(again[name], taught[name]) for name in taught)
 
