@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -28,11 +30,13 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import MultiScaleRoIAlign, deform_conv2d, roi_align
 
 from runtime.errors import InputError
+from runtime.paste import Crop, mask_crop
 from trt_plugins.deform_conv import DeformConv
 from trt_plugins.detections import Detections
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.on_torch import spec_of, start
 from trt_plugins.operator import Operator
+from trt_plugins.paste_masks import PasteMasks
 from trt_plugins.proposals import Proposals
 from trt_plugins.roi_align import RoiAlign
 from trt_plugins.roi_align.reference import pyramid_level
@@ -381,6 +385,7 @@ def _cases(branch: nn.Module, eager: Eager, boxes: Tensor, counts: Sequence[int]
     route = MsmRoute(stride=STRIDES[0], detections=len(boxes), costs=costs)
     for budget in (0.0, costs[-1] / 2):
         yield _msm_route(route, boxes, budget)
+    yield _paste_masks(boxes, counts)
     largest = [0, 0, 0, len(boxes)]
     for dtype in PRECISIONS:
         for name, spread in ((ROUTED, list(counts)), (LARGEST, largest)):
@@ -565,6 +570,50 @@ def _mask_branch(
         "PyTorch eager": Contender([by_pytorch], graph=False),
     }
     return Case(f"{name}: {' / '.join(map(str, counts))}", dtype, contenders, error=error)
+
+
+def _paste_masks(boxes: Tensor, counts: Sequence[int]) -> Case:
+    """From logits on the GPU to the crops that the host hands out, in a frame as large as the canvas."""
+    height, width = CANVAS
+    operator, parts = PasteMasks(height=height, width=width), boxes.split(list(counts))
+    each_box = boxes.cpu().numpy()
+
+    def draw() -> list[Tensor]:
+        coarse = (4 * _random(1, max(count, 1), 5, 5) for count in counts)
+        return [
+            nn.functional.interpolate(x, (grid, grid), mode="bilinear")[0, :count]
+            for x, (_, grid), count in zip(coarse, STAGES, counts, strict=True)
+        ]
+
+    def on_gpu(logits: Sequence[Tensor]) -> list[Tensor]:
+        return [launch(operator, [x, part])[0] for x, part in zip(logits, parts, strict=True) if len(part)]
+
+    def to_host(logits: Sequence[Tensor]) -> list[Crop]:
+        masks = [mask for bits in on_gpu(logits) for mask in bits.cpu().numpy()]
+        return [_crop_of_bits(mask, box, width) for mask, box in zip(masks, each_box, strict=True)]
+
+    def on_host(logits: Sequence[Tensor]) -> list[Crop]:
+        masks = [mask for x in logits for mask in x.cpu().numpy()]
+        return [mask_crop(mask, box, height, width) for mask, box in zip(masks, each_box, strict=True)]
+
+    logits = draw()
+    sets = _sets(draw, logits, _bytes([*logits, *on_gpu(logits)]))
+    contenders = {
+        KERNEL: Contender([_bound(on_gpu, each) for each in sets]),
+        "kernel, crops on the host": Contender([_bound(to_host, each) for each in sets], graph=False),
+        "all on the host": Contender([_bound(on_host, each) for each in sets], graph=False),
+    }
+    return Case(f"PasteMasks: {' / '.join(map(str, counts))}", torch.float32, contenders)
+
+
+def _crop_of_bits(bits: npt.NDArray[np.int32], box: npt.NDArray[np.float32], width: int) -> Crop:
+    """The pixels whose centres are in the box, of a mask `[height, words]`: `runtime.paste.mask_crop`'s."""
+    limits = np.array([width, len(bits)])
+    (left, top), (right, bottom) = np.clip(np.ceil(box.astype(np.float64).reshape(2, 2) - 0.5), 0, limits).astype(int).tolist()
+    first = left // 32
+    words = np.ascontiguousarray(bits[top : max(bottom, top), first : max(-(-right // 32), first)])
+    pixels = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").view(bool)
+    return left, top, pixels[:, left - 32 * first : max(right, left) - 32 * first]
 
 
 def _finest_map() -> Tensor:

@@ -25,6 +25,8 @@ from trt_plugins.detections.reference import detect
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.msm_route.reference import msm_route
 from trt_plugins.on_torch import run
+from trt_plugins.paste_masks import PasteMasks
+from trt_plugins.paste_masks.reference import paste_masks, unpack
 from trt_plugins.proposals import Proposals
 from trt_plugins.proposals.reference import propose
 from trt_plugins.roi_align import RoiAlign
@@ -180,6 +182,20 @@ def test_msm_route(preset: ModelConfig, budget: float, n: int, batch: int, dtype
     expected = reference(*(x.cpu() for x in inputs), stride=STRIDES[0], detections=preset.detections, costs=COSTS)
     for name, got, wanted in zip(operator.outputs, run(operator, inputs), expected, strict=True):
         assert torch.equal(got.cpu(), wanted), name
+
+
+@PRESETS
+@DTYPES
+@COUNTS
+@pytest.mark.parametrize("grid", GRIDS)
+def test_paste_masks(preset: ModelConfig, grid: int, n: int, dtype: torch.dtype) -> None:
+    height, width = preset.canvas[0] - 3, preset.canvas[1] - 3
+    logits = 4 * torch.nn.functional.interpolate(_random(max(n, 1), 1, 5, 5), (grid, grid), mode="bilinear")[:n, 0].to(dtype)
+    boxes = _boxes(preset, n)
+    [bits] = run(PasteMasks(height=height, width=width), [logits, boxes])
+    expected = paste_masks(logits.cpu().numpy(), boxes.cpu().numpy(), height, width)
+    # Where the probability is 0.5 to the last bits, either is right.
+    assert (unpack(bits.cpu().numpy(), width) != expected).sum() <= 1e-4 * expected.sum()
 
 
 def _again(preset: ModelConfig) -> dict[str, Callable[[], list[Tensor]]]:

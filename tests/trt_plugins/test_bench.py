@@ -172,6 +172,16 @@ def test_the_mask_branch_with_kernels_gives_pytorch_s_masks(small: None) -> None
     assert [len(x) for x in _found(case, "PyTorch eager")] == counts
 
 
+def test_pasted_crops_are_the_host_s(small: None) -> None:
+    boxes = torch.cat([BOXES, torch.tensor([[40.0, 50.0, 90.0, 80.0], [70.0, 70.0, 90.0, 90.0], [30.0, 30.0, 20.0, 20.0]])])
+    case = bench._paste_masks(boxes, [2, 0, 3, 1])
+    assert [len(bits) for bits in _found(case, KERNEL)] == [2, 3, 1]
+    for ours, theirs in zip(_found(case, "kernel, crops on the host"), _found(case, "all on the host"), strict=True):
+        assert ours[:2] == theirs[:2] and ours[2].shape == theirs[2].shape
+        # OpenCV rounds where it samples.
+        assert (ours[2] != theirs[2]).sum() <= 0.01 * ours[2].size
+
+
 def test_figures_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = {KERNEL: Contender([int]), "peer": Contender([int], graph=False)}
     monkeypatch.setattr(bench, "take_turns", lambda given, runs: ({KERNEL: [2.0] * runs, "peer": [5.0] * runs}, {KERNEL: 4, "peer": 1}))
@@ -217,7 +227,7 @@ def test_the_whole_benchmark_on_a_gpu() -> None:
     boxes = BOXES * 10
     result = bench_kernels(MaskBranch(Config(model=R50), bench.CLASSES).eval(), _eager, boxes, [1, 1, 0, 1], runs=2)
     assert {case["name"].split()[0].rstrip(":,") for case in result["cases"]} == {
-        "DeformConv", "RoiAlign", "Proposals", "Detections", "MsmRoute", "mask",
+        "DeformConv", "RoiAlign", "Proposals", "Detections", "MsmRoute", "PasteMasks", "mask",
     }  # fmt: skip
     for case in result["cases"]:
         assert all(times["median_ms"] > 0 for times in case["times"].values())
