@@ -22,6 +22,9 @@ from runtime.errors import DynaMaskError, InputError
 Bytes = npt.NDArray[np.uint8]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+POOL_BYTES = 512 << 20
+"""What the device's memory pool keeps when nobody holds it. By default it keeps nothing: TensorRT's mask branch, whose sizes depend on the
+image, would ask the operating system for its memory anew with every frame."""
 MAX_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may have without asking for more."""
 _NON_BLOCKING = 1
@@ -186,6 +189,9 @@ class CudaPython:
         major = self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.compute_capability = f"{major}.{minor}"
+        if self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, device):
+            pool, threshold = self._call("cuDeviceGetDefaultMemPool", device), cuda.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+            self._call("cuMemPoolSetAttribute", pool, threshold, cuda.cuuint64_t(POOL_BYTES))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._cuda, name)(*arguments)

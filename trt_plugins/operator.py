@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from runtime.errors import InputError
 
 DType = Literal["float32", "float16", "int32", "int64", "bool"]
@@ -147,6 +149,11 @@ class Workspace:
         return part
 
 
+def _shortest(value: Any) -> float:
+    """The shortest number that 32 bits, in which ONNX and TensorRT keep attributes, do not tell from this one."""
+    return float(str(np.float32(value)))
+
+
 class Operator(ABC):
     """One node of a lowered graph.
 
@@ -176,7 +183,7 @@ class Operator(ABC):
         value = values.get(attribute.name, attribute.default)
         if value is None:
             raise InputError(f"{self.node}: {self.name} needs the attribute {attribute.name}.")
-        convert = int if attribute.kind in ("int", "ints") else float
+        convert = int if attribute.kind in ("int", "ints") else _shortest
         try:
             if attribute.kind in ("ints", "floats"):
                 return tuple(convert(item) for item in value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -38,8 +39,9 @@ class Plugins:
         self.trt = trt
         self.launcher: Launcher | None = None
         """Taken by the plugins that are created from now on; those of an engine keep what they were created with."""
-        self.failures: list[BaseException] = []
-        """What the plugins' callbacks raised. TensorRT prints such exceptions and goes on, or fails later with words of its own."""
+        self._failures: dict[int | None, list[BaseException]] = {None: []}
+        """What the plugins' callbacks raised, by thread inside `raising`; None for the other threads, TensorRT's own. TensorRT prints such
+        exceptions and goes on, or fails later with words of its own."""
         self.creators: dict[str, tensorrt.IPluginCreatorV3One] = {}
         """By operator. TensorRT keeps pointers to them, nothing more."""
         # The registry writes to the logger of the oldest builder or runtime of the process, dead or alive; so that is this one.
@@ -56,14 +58,25 @@ class Plugins:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Parse, build, deserialise or run in here: the first failure of a plugin inside is raised, whatever TensorRT made of it."""
-        self.failures.clear()
+        """Parse, build, deserialise or run in here: the first failure of a plugin inside is raised, whatever TensorRT made of it.
+
+        Engines may run in threads of their own: each sees its own failures, and those of TensorRT's threads, which belong to nobody.
+        """
+        thread = threading.get_ident()
+        self._failures[thread] = []
+        self._failures[None].clear()
         try:
             yield
         finally:
-            if self.failures:
+            failures = self._failures.pop(thread) + self._failures[None]
+            if failures:
                 # In place of the caller's own "the engine was not built", which says less.
-                raise self.failures[0]
+                raise failures[0]
+
+    def note(self, failure: BaseException) -> None:
+        """Keep what a callback raised."""
+        thread = threading.get_ident()
+        self._failures[thread if thread in self._failures else None].append(failure)
 
 
 _REGISTERED: dict[str, Plugins] = {}
@@ -104,7 +117,7 @@ def _recorded(method: Method) -> Method:
         try:
             return method(self, *arguments)
         except BaseException as error:  # KeyboardInterrupt too: it is raised here when Ctrl-C comes in a callback.
-            self.plugins.failures.append(error)
+            self.plugins.note(error)
             raise
 
     return cast(Method, callback)

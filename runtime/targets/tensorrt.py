@@ -113,15 +113,18 @@ class TensorRTEngine:
         with self._driver.current():
             if self._cache is not None:
                 self._cache.save()
-            self._start = self._detected = self._cache = None
+            # The context first: it does not hold the runtime's configuration, which the cache has.
             self._context = self._engine = cast(Any, None)
+            self._start = self._detected = self._cache = None
             self._resources.close()
 
     @property
     def memory_bytes(self) -> int:
         """GPU memory that the engine holds: weights (the size of the engine's file), activations and workspaces, inputs and outputs.
 
-        It does not grow. What CUDA itself takes for its context, and code that TensorRT for RTX compiles, come on top.
+        It does not grow. On top come what CUDA itself takes for its context, code that TensorRT for RTX compiles, and the mask branch's
+        activations, as many as an image has instances: TensorRT takes them from the device's pool, which keeps up to
+        `runtime.cuda.POOL_BYTES` from one run to the next.
         """
         buffers = sum(tensor.room.nbytes for tensor in self._tensors.values())
         return self._path.stat().st_size + self._engine.device_memory_size_v2 + buffers
@@ -185,10 +188,12 @@ class TensorRTEngine:
         engine = cast("tensorrt.ICudaEngine | None", loaded)
         if engine is None:
             built = entry.versions.get(self.target, "?")
-            device = f"{self._driver.device} of compute capability {self._driver.compute_capability}"
+            device, reason = f"{self._driver.device} of compute capability {self._driver.compute_capability}", self._logger.reason
+            # TensorRT for RTX leaves out whole kinds of GPUs: building again would not help there.
+            unknown = "does not support this compute capability" in reason
+            remedy = f"build the bundle for another target there, with dynamask build-engine {self._bundle}." if unknown else self._remedy
             raise InputError(
-                f"{self._path}, built for {trt.__name__} {built}, does not load in {trt.__version__} on this {device} "
-                f"({self._logger.reason}); {self._remedy}"
+                f"{self._path}, built for {trt.__name__} {built}, does not load in {trt.__version__} on this {device} ({reason}); {remedy}"
             )
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if names != {*INPUTS, *OUTPUTS}:
@@ -218,13 +223,16 @@ class TensorRTEngine:
         types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
         room = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
         room |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
+        for name, size in room.items():
+            if size < 0:  # TensorRT knows no largest size of what has no profile.
+                raise DynaMaskError(f"TensorRT does not tell how large the output {name} of {self._path} can be; {self._remedy}")
         with self._needing(sum(room.values())):
             return {name: self._create_tensor(trt, name, shapes[name], types[name], room[name], resources) for name in room}
 
     def _create_tensor(
         self, trt: TensorRT, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, resources: contextlib.ExitStack
     ) -> Tensor:
-        address, memory = self._driver.allocate(size), self._driver.allocate_pinned(size)
+        address, memory = self._driver.allocate(_whole(size)), self._driver.allocate_pinned(size)
         resources.callback(self._driver.free, address)
         resources.callback(self._driver.free_pinned, memory)
         tensor = Tensor(address, memory.view(dtype), shape)
@@ -299,8 +307,9 @@ class KernelLauncher:
             self._driver.record(self._detected, stream)
 
     def unload(self) -> None:
-        """Free the kernels; the plugins that refer to this launcher may live longer."""
+        """Free the kernels; TensorRT does not free the plugins that refer to this launcher."""
         self._loaded.clear()
+        self._kernels = {}
         self._detected = None
 
     def _load(self, spec: KernelSpec) -> Any:
@@ -379,6 +388,11 @@ def _logger(trt: TensorRT) -> Any:
     return Logger()
 
 
+def _whole(size: int) -> int:
+    """In whole units of 512 bytes, as TensorRT divides memory."""
+    return -(-size // 512) * 512
+
+
 def _output_allocator(trt: TensorRT, tensor: Tensor) -> tensorrt.IOutputAllocator:
     class OutputAllocator(trt.IOutputAllocator):  # type: ignore[name-defined]
         """Gives TensorRT the room that an output has, and notes the shape it turns out to have."""
@@ -388,7 +402,7 @@ def _output_allocator(trt: TensorRT, tensor: Tensor) -> tensorrt.IOutputAllocato
 
         def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
             # 0 tells TensorRT that there is no more.
-            return tensor.address if size <= tensor.room.nbytes else 0
+            return tensor.address if size <= _whole(tensor.room.nbytes) else 0
 
         def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
             return self.reallocate_output_async(name, memory, size, alignment, 0)

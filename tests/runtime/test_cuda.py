@@ -46,6 +46,10 @@ int cuInit(unsigned flags) { return getenv("NO_GPU") ? NO_DEVICE : OK; }
 int cuDeviceGet(int *device, int ordinal) { *device = 7; return ordinal ? INVALID : OK; }
 int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Host", size); return device == 7 ? OK : INVALID; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 8 : 7; return OK; }
+int cuDeviceGetDefaultMemPool(void **pool, int device) { *pool = &now; return device == 7 ? OK : INVALID; }
+int cuMemPoolSetAttribute(void *pool, int attribute, void *value) {
+  return pool == &now && attribute == 4 && *(ptr *)value == 512 << 20 ? OK : INVALID;
+}
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &depth; return OK; }
 int cuCtxPushCurrent(void *context) { stack[depth++] = context; return context == &depth ? OK : INVALID; }
 int cuCtxPopCurrent(void **context) { CURRENT; *context = stack[--depth]; return OK; }

@@ -153,6 +153,8 @@ class FakeContext:
 
     def get_max_output_size(self, name):
         assert -1 not in self.get_tensor_shape("image"), "TensorRT would say -1"
+        if self.engine.trt.largest is not None:
+            return self.engine.trt.largest
         shape = [SLOTS * self.profile.batch[-1] if size == -1 else size for size in self.get_tensor_shape(name)]
         return int(np.prod(shape)) * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
 
@@ -233,6 +235,7 @@ class FakeCache:
 def fake_trt(name="tensorrt_rtx", names=(*INPUTS, *OUTPUTS), profile=ONE):
     trt = types.ModuleType(name)
     trt.__version__, trt.broken, trt.silent, trt.nptype, trt.profile = "9.8.7", False, False, np.dtype, profile
+    trt.refusal, trt.largest = "incompatible serialization version.\nSecond line.", None
 
     class ILogger:
         ERROR, INTERNAL_ERROR, INFO = range(3)
@@ -245,7 +248,7 @@ def fake_trt(name="tensorrt_rtx", names=(*INPUTS, *OUTPUTS), profile=ONE):
             self.logger.log(ILogger.INFO, "Loaded engine.")
             if plan == PLAN:
                 return FakeEngine(trt, self.logger, names)
-            self.logger.log(ILogger.ERROR, "incompatible serialization version.\nSecond line.")
+            self.logger.log(ILogger.ERROR, trt.refusal)
             return self.logger.log(ILogger.ERROR, "follows from the first")
 
     trt.ILogger, trt.Runtime, trt.IOutputAllocator = ILogger, Runtime, type("IOutputAllocator", (), {})
@@ -516,6 +519,25 @@ def test_too_little_memory_is_said_with_figures(bundle, install):
     assert not driver.blocks and not driver.streams
 
 
+def test_a_gpu_that_tensorrt_leaves_out_is_not_sent_to_build_again(bundle, install):
+    trt = fake_trt()
+    trt.refusal = "TensorRT-RTX does not support this compute capability, so the engine cannot be rebuilt for it."
+    install(trt, FakeDriver())
+    with pytest.raises(
+        InputError, match=r"cannot be rebuilt for it\); build the bundle for another target there, with dynamask build-engine"
+    ):
+        TensorRTEngine(add_engine(bundle, plan=b"another's"), "tensorrt-rtx")
+
+
+def test_an_output_without_a_largest_size_is_refused(bundle, install):
+    trt, driver = fake_trt(), FakeDriver()
+    trt.largest = -1
+    install(trt, driver)
+    with pytest.raises(DynaMaskError, match=r"TensorRT does not tell how large the output \w+ of .*engine\.bin can be"):
+        TensorRTEngine(bundle, "tensorrt-rtx")
+    assert not driver.blocks and not driver.streams
+
+
 def test_a_failed_run_gives_tensorrts_reason_and_may_be_followed_by_another(bundle, install):
     trt = fake_trt()
     install(trt, FakeDriver())
@@ -530,7 +552,7 @@ def test_a_failed_run_gives_tensorrts_reason_and_may_be_followed_by_another(bund
 def test_the_allocator_gives_the_room_there_is():
     tensor = Tensor(0xABC00, np.zeros(10, np.float32), (-1, 2))
     allocator = tensorrt._output_allocator(fake_trt(), tensor)
-    for size, address in ((0, 0xABC00), (40, 0xABC00), (41, 0)):
+    for size, address in ((0, 0xABC00), (40, 0xABC00), (512, 0xABC00), (513, 0)):  # Memory has units of 512 bytes.
         assert allocator.reallocate_output("masks_14", 0, size, 256) == address
         assert allocator.reallocate_output_async("masks_14", 0, size, 256, 77) == address
     tensor.room[:] = np.arange(10)

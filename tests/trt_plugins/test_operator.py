@@ -53,6 +53,14 @@ def test_wrong_attributes_are_refused_by_name(attributes: dict[str, object], mes
     assert str(error.value) == message
 
 
+def test_kernels_are_the_same_after_attributes_were_kept_in_32_bits() -> None:
+    """As in an engine's file: a threshold of 0.1 comes back as another number in 64 bits."""
+    inputs = [TensorSpec((None, 8), "float32"), TensorSpec((), "float32")]
+    kept = float(np.float32(0.1))
+    assert kept != 0.1
+    assert Toy(scale=0.1, threshold=0.1).kernels(inputs) == Toy(scale=kept, threshold=kept).kernels(inputs)
+
+
 def test_room_is_what_data_dependent_outputs_take_at_most() -> None:
     inputs = [TensorSpec((7, 5), "float16"), TensorSpec((), "float32")]
     assert Toy(scale=1).output_shapes([spec.shape for spec in inputs])[1] == [DataDependent(2, 7)]

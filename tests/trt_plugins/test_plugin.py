@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -213,7 +216,7 @@ def enqueue(trt: ModuleType, toy: Any, rows: int, tensors: Sequence[torch.Tensor
 
 def test_attributes_come_back_where_an_engine_is_loaded(trt: ModuleType) -> None:
     toy = created(trt, None, scale=0.1, threshold=-2, limits=(9, 2**31 - 1))
-    assert toy.operator.values == {"scale": float(np.float32(0.1)), "threshold": -2.0, "limits": (9, 2**31 - 1)}
+    assert toy.operator.values == {"scale": 0.1, "threshold": -2.0, "limits": (9, 2**31 - 1)}
 
 
 def test_an_enqueued_plugin_launches_its_kernels_on_what_it_is_given(trt: ModuleType) -> None:
@@ -256,6 +259,25 @@ def test_ctrl_c_in_a_callback_is_not_lost(trt: ModuleType, plugins: plugin.Plugi
             enqueue(trt, toy, 1, [torch.zeros(1, 1)] * 6)
         except KeyboardInterrupt:
             raise DynaMaskError("what a runner says when TensorRT's own call failed") from None
+
+
+def test_a_failure_stays_in_the_thread_of_its_engine(trt: ModuleType, plugins: plugin.Plugins) -> None:
+    def wrong(*arguments: object) -> None:
+        raise DynaMaskError("of the other thread")
+
+    def other() -> None:
+        with plugins.raising(), contextlib.suppress(DynaMaskError):
+            enqueue(trt, created(trt, wrong, scale=1), 1, [torch.zeros(1, 1)] * 6)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool, plugins.raising():
+        failure = pool.submit(other).exception()
+    assert isinstance(failure, DynaMaskError) and str(failure) == "of the other thread"
+    with pytest.raises(DynaMaskError, match="of nobody"), plugins.raising():
+        thread = threading.Thread(target=plugins.note, args=[DynaMaskError("of nobody")])
+        thread.start()
+        thread.join()
+    with plugins.raising():
+        pass
 
 
 def test_stubs_of_tensorrt_are_not_taken_for_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
