@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+
+from cli.options import Json
 
 
 def ablate(
     plan: Annotated[Path, typer.Argument(help="Rows to train and judge, in YAML: configs/ablations holds those of the paper's tables.")],
     output: Annotated[Path, typer.Option(help="Folder for the runs, table.md and table.json.")],
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Train and judge variants of the model under one recipe, side by side; Ctrl-C keeps all that is done, the same command goes on.
 
-    Example: dynamask ablate configs/ablations/table-7-shapes.yaml --output runs/table-7
+    Example: dynamask ablate configs/ablations/table-1-shapes.yaml --output runs/table-1
     """
     from dynamask.ablation import markdown, run_plan
     from runtime.files import write_json

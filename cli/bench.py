@@ -10,6 +10,7 @@ import typer
 
 from cli.bench_kernels import kernels
 from cli.bench_training import training
+from cli.options import Json
 
 if TYPE_CHECKING:
     from runtime.bench import Eager, Frame
@@ -48,7 +49,7 @@ def routing(
     ] = None,
     target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine, and of PyTorch.")] = None,  # noqa: UP045
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Time the mask branch: instances spread over the grids against all at 112.
 
@@ -76,7 +77,7 @@ def latency(
     repeats: Annotated[int, typer.Option(help="Times that every image is taken.")] = 3,
     target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine, and of PyTorch.")] = None,  # noqa: UP045
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Time a whole frame, from the decoded image to pasted masks, against a peer on the same images in turns.
 

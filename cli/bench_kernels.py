@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cli.options import Json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,7 +20,7 @@ MOST_INSTANCES = 400
 def kernels(
     instances: Annotated[int, typer.Option(min=1, max=MOST_INSTANCES, help="Instances in the image.")] = 100,
     runs: Annotated[int, typer.Option(min=100, help="Timed runs of each contender; medians are given.")] = 100,
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Time the plugins' kernels on an NVIDIA GPU, at r50's sizes, against torchvision's operators in turns.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+
+from cli.options import Json
 
 
 def training(
@@ -20,7 +21,7 @@ def training(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images, as data.workers.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each contender; medians are given.")] = 20,
     warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 5,
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Time a step of training and its wait for images, against torchvision's Mask R-CNN on the same batch in turns.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional, TypeVar
 
 import typer
 
+from cli.options import Json
 from runtime.errors import InputError
 
 Value = TypeVar("Value")
@@ -44,7 +45,7 @@ def build_engine(
             "the padding of images that do not fill the canvas.",
         ),
     ] = None,
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Build an engine in the bundle, in place of an earlier one for the same target; one whose inputs have not changed is kept.
 
@@ -62,8 +63,8 @@ def build_engine(
     from runtime.files import write_json
 
     capabilities = [part.strip() for given in compute_capability or () for part in given.split(",") if part.strip()]
-    batches = _three(batch, _count)
-    canvases = None if size is None else _three(size, parse_size)
+    batches = _three("--batch", batch, _count, "4, say, or 1:4:8")
+    canvases = None if size is None else _three("--size", size, parse_size, "384x384, say, or 224x384:224x384:384x384")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         phases = _Phases(progress)
         result = engine.build_engine(bundle, target, precision, capabilities, batches, canvases, phases.update)
@@ -72,11 +73,11 @@ def build_engine(
     typer.echo(_summary(result))
 
 
-def _three(given: str, parse: Callable[[str], Value]) -> tuple[Value, Value, Value]:
+def _three(option: str, given: str, parse: Callable[[str], Value], example: str) -> tuple[Value, Value, Value]:
     """One value is all three."""
     values = [parse(part) for part in given.split(":")]
     if len(values) not in (1, 3):
-        raise InputError(f"{given} is neither one value nor three, LEAST:LIKELY:MOST; give 4, say, or 1:4:8.")
+        raise InputError(f"{option} {given} is neither one value nor three, LEAST:LIKELY:MOST; give {example}.")
     return values[0], values[len(values) // 2], values[-1]
 
 

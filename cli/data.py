@@ -8,6 +8,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from cli.options import Json
+
 app = typer.Typer(help="Data sets to learn from and measure on.", no_args_is_help=True)
 
 
@@ -27,7 +29,7 @@ def shapes(
     size: Annotated[str, typer.Option(metavar="HxW", help="Height and width, pixels.")] = "320x320",
     video: Annotated[Optional[Path], typer.Option(help="Also film shapes in motion: an MP4, its objects beside it as .json.")] = None,  # noqa: UP045
     frames: Annotated[int, typer.Option(help="Frames of the video, 25 a second.")] = 250,
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Draw shapes, smooth and intricate, small and large, with exact masks.
 
@@ -81,7 +83,7 @@ def prepare(
 def prepare_miniature(
     kind: Annotated[str, typer.Argument(help="The layout: coco, lvis or cityscapes.")],
     folder: Annotated[Path, typer.Argument(help="Where it goes; for --set data.root=FOLDER.")],
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
+    json: Json = None,
 ) -> None:
     """Write a miniature of COCO 2017, LVIS v1 or Cityscapes, of generated shapes, to try a whole run.
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import Json
+
 if TYPE_CHECKING:
     from runtime.predictor import Predictor
 
@@ -31,7 +33,7 @@ PRODUCTS = ("shapes", "bundle", "video.mp4", "video.json", "annotated.mp4", "det
 
 def demo(
     output: Annotated[Path, typer.Option(help="The folder to write; an earlier demo's files in it are replaced.")] = Path("demo"),
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: Json = None,
 ) -> None:
     """Run the whole pipeline on what the package carries: export, engine, video, validation, report.
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from cli.options import Json
 
 
 def doctor(
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: Json = None,
 ) -> None:
     """Say what this machine can run, and how to get the rest.
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import Json
+
 PARITY_IMAGES = 20
 """At most this many of the folder's images are compared: PyTorch runs on each."""
 
@@ -24,7 +26,7 @@ def export(
         Path | None,
         typer.Option(help=f"A folder of images to compare ONNX with PyTorch on (the first {PARITY_IMAGES}); drawn shapes by default."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: Json = None,
 ) -> None:
     """Write a checkpoint as a bundle: one ONNX graph in which every instance pays only for its own mask grid.
 

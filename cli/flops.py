@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from cli.options import Json
 
 
 def flops(
     model: Annotated[str, typer.Option(help="The preset: r50 (the paper's), r101, x101, r18; lite0, lite1, lite2 (for the edge).")] = "r50",
     classes: Annotated[int, typer.Option(min=1, help="Number of object classes; COCO has 80.")] = 80,
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: Json = None,
 ) -> None:
     """Count a preset's multiply-accumulates from its modules, beside the paper's figures.
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from cli.options import check_file
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -41,16 +43,23 @@ def predict(
     score: Annotated[float, typer.Option(min=0, max=1, help="Leave out instances that score this or less.")] = 0.3,
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine.")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option(help="Folder for annotated pictures.")] = None,  # noqa: UP045
-    json: Annotated[Optional[Path], typer.Option(help="Write the detections here, masks as COCO run-lengths.")] = None,  # noqa: UP045
+    json: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Write the detections here, masks as COCO run-lengths.", callback=check_file),
+    ] = None,
 ) -> None:
     """Find the instances in images; an image that cannot be read is named, and the others still run.
 
     Example: dynamask predict lite0.bundle *.jpg --output pictures --json detections.json
     """
     from runtime.errors import InputError
-    from runtime.files import write_json
+    from runtime.files import check_apart, check_folder, write_json
     from runtime.predictor import load
 
+    pictures = [] if output is None else [_picture(output, path, number, images) for number, path in enumerate(images)]
+    check_apart([*pictures, *([] if json is None else [json])], images)
+    if output is not None:
+        check_folder(output)
     if budget is not None and grid is not Grid.routed:
         chosen = f"--grid {grid.value}"
         raise InputError(f"--budget {budget} is for --grid routed, and {chosen} leaves it nothing to choose; give one of the two.")
@@ -63,8 +72,7 @@ def predict(
             for (number, path, image), instances in zip(group, found, strict=True):
                 records.append(_record(number, path, instances))
                 if output is not None:
-                    name = f"{path.stem}.{number}.png" if _repeated(path, images) else f"{path.stem}.png"
-                    _draw(output / name, image, instances)
+                    _draw(pictures[number], image, instances)
                 typer.echo(_sentence(path, instances))
         result = {"bundle": str(bundle), "target": predictor.engine.target, "images": records, "failures": failures}
     if json is not None:
@@ -104,8 +112,9 @@ def _classes(predictor: Predictor) -> list[dict[str, Any]]:
     return [{"id": entry.id, "name": entry.name} for entry in predictor.bundle.manifest.classes]
 
 
-def _repeated(path: Path, images: list[Path]) -> bool:
-    return sum(other.stem == path.stem for other in images) > 1
+def _picture(folder: Path, path: Path, number: int, images: list[Path]) -> Path:
+    repeated = sum(other.stem == path.stem for other in images) > 1
+    return folder / (f"{path.stem}.{number}.png" if repeated else f"{path.stem}.png")
 
 
 def _draw(path: Path, image: Any, instances: Instances) -> None:

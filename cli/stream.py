@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import Json
+
 if TYPE_CHECKING:
     from runtime.predictor import Predictor
     from runtime.sinks import Sink
@@ -26,13 +28,13 @@ def stream(
     target: Annotated[
         str, typer.Option(help="The engine to run: auto (the best that is built and can run here), tensorrt-rtx, tensorrt, onnxruntime.")
     ] = "auto",
-    budget: Annotated[float | None, typer.Option(min=0, help="Mean GMAC per instance to keep to, over the stream.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Mean GMAC per instance to keep to, over the stream.")] = None,
     grid: Annotated[
         str, typer.Option(help="routed, routed@50% (of the largest grid), uniform-14, -28, -56, -112 or size-based.")
     ] = "routed",
     score: Annotated[float, typer.Option(min=0, max=1, help="Leave out instances that score this or less.")] = 0.3,
     limit: Annotated[int | None, typer.Option(min=1, help="End after this many frames of each source.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: Json = None,
 ) -> None:
     """Run a bundle on video: masks, labels and each instance's grid drawn in, and written as JSON lines.
 
@@ -46,7 +48,7 @@ def stream(
     from runtime.predictor import load
     from runtime.validate import parse_policy
 
-    plans = plan_outputs(sources, output, jsonl, frames_dir)
+    plans = plan_outputs(sources, output, jsonl, frames_dir, json)
     opened = Bundle.open(bundle)
     policy = parse_policy(grid, opened.manifest.grid_gmacs)
     if budget is not None and grid != "routed":
@@ -63,13 +65,16 @@ def stream(
         raise typer.Exit(INTERRUPTED)
 
 
-def plan_outputs(sources: list[Path], output: Path | None, jsonl: Path | None, frames_dir: Path | None) -> list[dict[str, Path]]:
+def plan_outputs(
+    sources: list[Path], output: Path | None, jsonl: Path | None, frames_dir: Path | None, json: Path | None = None
+) -> list[dict[str, Path]]:
     """What each source writes: `video`, `jsonl`, `frames` -> path.
 
     Raises:
         InputError: a source does not exist or is an output as well, or two outputs are one file.
     """
     from runtime.errors import InputError
+    from runtime.files import check_apart, check_folder
 
     names = _unique_names(sources)
     if len(sources) == 1:
@@ -83,11 +88,9 @@ def plan_outputs(sources: list[Path], output: Path | None, jsonl: Path | None, f
             plan["video"] = Path(f"{name}-dynamask.mp4")
         if not source.exists():
             raise InputError(f"{source} does not exist; give a video file or a folder of images.")
-        places = [path.resolve() for path in plan.values()]
-        if source.resolve() in places:
-            raise InputError(f"{source} is both read and written; give another place to write to.")
-        if len(set(places)) < len(places):
-            raise InputError(f"{places[0]} is given for two outputs; give each its own name.")
+        for kind, path in plan.items():
+            check_folder(path if kind == "frames" else path.parent)
+    check_apart([*(path for plan in plans for path in plan.values()), *([] if json is None else [json])], sources)
     return plans
 
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from cli.options import Json
+
 
 def train(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs and metrics.")],
@@ -29,7 +31,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a field: --set train.epochs=3 (repeatable)."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the result here.")] = None,
+    json: Json = None,
 ) -> None:
     """Train a model; Ctrl-C keeps the last step, --resume goes on from it.
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from cli.options import Json, check_file
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -30,8 +32,11 @@ def validate(
     limit: Annotated[Optional[int], typer.Option(help="Take only the first so many images.")] = None,  # noqa: UP045
     target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine.")] = None,  # noqa: UP045
-    json: Annotated[Optional[Path], typer.Option(help="Write the result here.")] = None,  # noqa: UP045
-    report: Annotated[Optional[Path], typer.Option(help="Write an HTML report here: curves, tables, pictures.")] = None,  # noqa: UP045
+    json: Json = None,
+    report: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE.html", help="Write an HTML report here: curves, tables, pictures.", callback=check_file),
+    ] = None,
 ) -> None:
     """Judge a bundle by accuracy and latency together, each way of choosing grids side by side.
 
@@ -41,11 +46,12 @@ def validate(
     from rich.progress import Progress
 
     from runtime import report as reports
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
     from runtime.predictor import load
     from runtime.validate import read_coco
     from runtime.validate import validate as judge
 
+    check_apart([path for path in (json, report) if path is not None], [data])
     dataset = read_coco(data, images)
     policies = [name.strip() for name in grid.split(",") if name.strip()]
     with load(bundle, target, threads=threads) as predictor:

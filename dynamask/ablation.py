@@ -24,6 +24,10 @@ from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, sha256, write_json
 from runtime.validate import parse_policy
 
+WITHOUT_EFFECT = frozenset(
+    {"data.workers", *(f"train.{name}" for name in ("threads", "checkpoint_every", "evaluate_every", "evaluate_images", "pictures"))}
+)
+"""Fields that may change in a plan whose runs have begun. What is judged on is compared with what was judged."""
 IOU_TYPES = ("bbox", "segm", "boundary")
 
 
@@ -70,6 +74,11 @@ class Plan(_Strict):
     @model_validator(mode="after")
     def _check(self) -> Plan:
         folders = [row.folder for row in self.rows]
+        for seeds in (self.seeds, *(row.seeds for row in self.rows)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds {list(seeds)} name one twice, which says nothing more: give each once")
+        if any("train.seed" in overrides for overrides in (self.overrides, *(row.overrides for row in self.rows))):
+            raise ValueError("train.seed is in set, and every run has its seed from seeds: give it there")
         for row in self.rows:
             if not row.folder or folders.count(row.folder) > 1:
                 raise ValueError(f"row {row.name!r} has no folder of its own: give rows names that differ in letters or digits")
@@ -80,6 +89,10 @@ class Plan(_Strict):
     def trained(self, row: Row) -> Row:
         """The row whose checkpoints `row` is judged by."""
         return row if row.source is None else self._named(row.source)
+
+    def seeds_of(self, row: Row) -> tuple[int, ...]:
+        """Of the runs that the row is judged by."""
+        return self.trained(row).seeds or self.seeds
 
     def config(self, row: Row, seed: int) -> Config:
         """The configuration of a run.
@@ -134,10 +147,17 @@ def read_plan(path: Path) -> Plan:
         raise InputError(f"{path}: {misfit(error)}; write it as in docs/training.md.") from error
     try:
         for row in plan.rows:
+            for seed in plan.seeds_of(row):
+                _check_weights(plan.config(row, seed))
             plan.policies(row)
     except InputError as error:
         raise InputError(f"{path}, {error}") from error
     return plan
+
+
+def _check_weights(config: Config) -> None:
+    if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
+        raise InputError(f"weights {config.weights} is not a file: give its path from the folder that you are in.")
 
 
 def run_plan(path: Path, output: Path, quiet: bool = False) -> dict[str, Any]:
@@ -164,14 +184,14 @@ def run_plan(path: Path, output: Path, quiet: bool = False) -> dict[str, Any]:
             trained, policies = plan.trained(row), plan.policies(row)
             records: dict[str, list[dict[str, Any]]] = {policy: [] for policy in policies}
             done = len(rows)
-            for seed in trained.seeds or plan.seeds:
+            for seed in plan.seeds_of(row):
                 report.message(f"{row.name}, seed {seed}")
                 config, folder = plan.config(row, seed), output / trained.folder / f"seed-{seed}"
                 seconds = _train(config, folder, quiet)
                 for policy, record in _judge(config, folder, policies).items():
                     records[policy].append({"seed": seed, "training_seconds": seconds if row.source is None else None, **record})
                 rows[done:] = [_summary(row.name, policy, records[policy]) for policy in policies]
-                table["complete"] = row is plan.rows[-1] and seed == (trained.seeds or plan.seeds)[-1]
+                table["complete"] = row is plan.rows[-1] and seed == plan.seeds_of(row)[-1]
                 _write(output, table)
     return table
 
@@ -193,17 +213,41 @@ def markdown(table: dict[str, Any]) -> str:
 
 def _train(config: Config, folder: Path, quiet: bool) -> float:
     """Train the run to its end, from wherever it stopped; its seconds in all."""
+    _check_begun(config, folder)
     metrics = folder / "metrics.json"
-    if metrics.is_file() and load_config(str(folder / "config.yaml")) == config:
+    if metrics.is_file():
         result = json.loads(metrics.read_text(encoding="utf-8"))
         if not result["interrupted"]:
             return float(result["seconds"])
-    # Were the run killed after this, figures of a shorter schedule would pass for those of this one.
-    metrics.unlink(missing_ok=True)
     result = train(config, folder, resume=(folder / "state.safetensors").exists(), quiet=quiet)
     if result["interrupted"]:
         raise KeyboardInterrupt
     return float(result["seconds"])
+
+
+def _check_begun(config: Config, folder: Path) -> None:
+    """Refuse to go on with a run of other fields: what comes out would be neither's.
+
+    Raises:
+        InputError: names the first that differs.
+    """
+    if not (folder / "config.yaml").is_file():
+        return
+    before, now = (_fields(each) for each in (load_config(str(folder / "config.yaml")), config))
+    changed = next((name for name in now if before[name] != now[name]), None)
+    if changed is not None:
+        raise InputError(
+            f"{folder} holds a run with {changed} {before[changed]}, not {now[changed]} as the plan says: "
+            "choose another --output, or remove it."
+        )
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    """All that decides what a run comes to."""
+    tree = config.model_dump(mode="json")
+    sections = {name: tree.pop(name) for name in ("model", "data", "train")}
+    flat = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    return {name: value for name, value in (tree | flat).items() if name not in WITHOUT_EFFECT}
 
 
 def _judge(config: Config, folder: Path, policies: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+LARGEST_SIDE = 4096
+"""Of a canvas, pixels."""
+
+
 class ModelConfig(_Strict):
     """The model's sizes. The defaults are `r50`, the paper's."""
 
@@ -82,8 +86,8 @@ class ModelConfig(_Strict):
             raise ValueError("mask_grid is given with mask_head maskrcnn, and with no other head")
         if self.mask_head == "maskrcnn" and (self.fusion, self.pyramid) != ("fam", "fpn"):
             raise ValueError("fusion and pyramid belong to the r-FPN, which a maskrcnn head has not")
-        if any(side % 32 or side < 64 for side in self.canvas):
-            raise ValueError(f"canvas {self.canvas} must be multiples of 32, 64 at least")
+        if any(side % 32 or not 64 <= side <= LARGEST_SIDE for side in self.canvas):
+            raise ValueError(f"canvas {self.canvas} must be multiples of 32 from 64 to {LARGEST_SIDE}")
         return self
 
 

@@ -10,7 +10,6 @@ import collections
 import hashlib
 import importlib.metadata
 import os
-import re
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from runtime.errors import InputError
 from runtime.targets.base import check_target
 from runtime.targets.tensorrt import ENGINE
 from trt_plugins.aot import compile_kernels
-from trt_plugins.kernels import COMPUTE_CAPABILITIES, KernelLibrary
+from trt_plugins.kernels import COMPUTE_CAPABILITIES, KNOWN_CAPABILITIES, KernelLibrary
 from trt_plugins.tensorrt import TensorRTTarget, load
 
 PRECISIONS = ("fp32", "fp16")
@@ -106,10 +105,10 @@ def _profile(batch: tuple[int, int, int], canvas: tuple[Canvas, Canvas, Canvas])
     try:
         return Profile(batch=batch, canvas=canvas)
     except ValidationError as error:
-        first = error.errors()[0]
+        name, given = str(error.errors()[0]["loc"][0]), {"batch": batch, "canvas": ["x".join(map(str, size)) for size in canvas]}
         raise InputError(
-            f"No engine has the {first['loc'][0]} {first['input']}: give the least, the likeliest and the most, each at least as large as "
-            "the one before, images from 1 on and sides that are multiples of 32."
+            f"No engine has the {name} {':'.join(map(str, given[name]))}: give the least, the likeliest and the most, each at least as "
+            "large as the one before, images from 1 on and sides that are multiples of 32."
         ) from error
 
 
@@ -186,8 +185,8 @@ def _driver(target: TensorRTTarget) -> Driver | None:
 
 def _compute_capabilities(given: Sequence[str], driver: Driver | None) -> list[str]:
     for capability in given:
-        if not re.fullmatch(r"\d+\.\d", capability) or float(capability) < 8:
-            raise InputError(f"{capability} is not a compute capability to compile for; give 8.0 or later, as 8.9.")
+        if capability not in KNOWN_CAPABILITIES:
+            raise InputError(f"{capability} is not a compute capability to compile for; choose of {', '.join(KNOWN_CAPABILITIES)}.")
     if given:
         return sorted(set(given), key=float)
     return list(COMPUTE_CAPABILITIES) if driver is None else [driver.compute_capability]

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,22 @@ def check_folder(path: Path) -> None:
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         fault = "no permission to write" if nearest.is_dir() else "it is a file"
         raise InputError(f"{path} cannot be made or written because of {nearest} ({fault}): choose another folder.")
+
+
+def check_apart(written: Iterable[Path], read: Iterable[Path] = ()) -> None:
+    """Refuse to write what is read, or two things to one place.
+
+    Raises:
+        InputError: names the path.
+    """
+    sources, places = {path.resolve() for path in read}, set()
+    for path in written:
+        place = path.resolve()
+        if place in sources:
+            raise InputError(f"{path} is both read and written; give another place to write to.")
+        if place in places:
+            raise InputError(f"{path} is given for two outputs; give each its own name.")
+        places.add(place)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -11,6 +11,8 @@ from runtime.errors import InputError
 
 COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "12.0")
 """What kernels are compiled for where no GPU is named: A100, RTX 30, Jetson Orin, RTX 40, H100 and H200, RTX 50."""
+KNOWN_CAPABILITIES = (*COMPUTE_CAPABILITIES[:5], "10.0", "10.3", "11.0", "12.0", "12.1")
+"""Of all GPUs that there are from 8.0 on: data centres' Blackwell and Thor besides."""
 INDEX = "kernels.json"
 TEGRA = frozenset({(8, 7), (11, 0)})
 """Orin and Thor."""

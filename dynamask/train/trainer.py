@@ -102,11 +102,11 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
             )
         state = _state_to_resume(config, output, resume or (world.restarted and (output / "state.safetensors").exists()))
         run = Run.prepared(config, output, state, report, interruption, world)
-        if run.schedule.total_steps == 0 and not config.train.switch_instances:
+        if run.schedule.total_steps == 0 and not (config.train.switch_instances and config.model.mask_head == "dynamask"):
             epochs = config.train.warm_epochs + config.train.epochs
             raise InputError(
                 f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.epochs, lower train.batch, or give "
-                "train.switch_instances for lessons alone."
+                "train.switch_instances for lessons alone, which a Mask R-CNN head has none of."
             )
         try:
             return run.to_the_end()
@@ -168,7 +168,7 @@ class Run:
     """Indices of the images that could not be read so far."""
     loss_watch: _LossWatch = field(default_factory=_LossWatch)
     lessons: dict[str, Any] | None = None
-    """The switch's, once it had them: `step` after which, `detections`, `allowed_cost` and what `fit_switch` found, if they taught."""
+    """The switch's, once it had them: `step` after which, `wanted` detections, `detections`, `allowed_cost` and what `fit_switch` found."""
 
     @classmethod
     def prepared(
@@ -341,14 +341,14 @@ class Run:
         The first process does, whose weights are those that are kept.
         """
         wanted = self.config.train.switch_instances
-        given = self.lessons is not None and self.lessons["step"] == self.step
+        given = self.lessons is not None and (self.lessons["step"], self.lessons["wanted"]) == (self.step, wanted)
         if not wanted or given or self.config.model.mask_head == "maskrcnn":
             return True
         self.evaluations = [entry for entry in self.evaluations if entry["step"] != self.step]
         figures = self._lessons(wanted) if self.world.is_main else {}
         if figures is None:
             return False
-        self.lessons = {"step": self.step, **figures}
+        self.lessons = {"step": self.step, "wanted": wanted, **figures}
         self._save()
         return True
 
@@ -372,6 +372,12 @@ class Run:
                 f"The switch learnt from {len(lessons.regions)} detections what each grid is worth: {figures['explained']:.0%} of the "
                 f"variance explained, {figures['mean_cost']:.4f} GMAC an instance (C_t allows {mean_cost:.4f})"
             )
+            if figures["mean_cost"] > mean_cost:
+                self.report.message(
+                    f"C_t ({self.config.train.budget:g}) is less than even 14 x 14 costs: every detection got that; raise train.budget."
+                )
+        if len(lessons.regions) < wanted:
+            self.report.message(f"The training images gave {len(lessons.regions)} of the {wanted} detections of train.switch_instances.")
         return figures
 
     def _note_skipped(self, skipped: list[dict[str, Any]], log: RunLog | None) -> None:
@@ -432,7 +438,10 @@ class Run:
             if None in uniform.values():
                 return
             entry["uniform"] = uniform
-        if _mask_ap(entry) > max(map(_mask_ap, self.evaluations), default=-1.0):
+        # Lessons change what a grid costs: the best that had them, whatever was better without.
+        entry["taught"] = self.lessons is not None and self.lessons["step"] == self.step
+        rivals = [rival for rival in self.evaluations if rival.get("taught") or not entry["taught"]]
+        if _mask_ap(entry) > max(map(_mask_ap, rivals), default=-1.0):
             self._save_checkpoint("best.safetensors", {"step": self.step, "epoch": entry["epoch"], "segm": entry["segm"]})
         self.evaluations.append(entry)
         self._save()
@@ -516,8 +525,9 @@ def _state_to_resume(config: Config, output: Path, resume: bool) -> TrainingStat
 
 
 def _fixed_fields(config: Config) -> dict[str, str]:
+    begun = {"weights": json.dumps(config.weights), "weights_part": json.dumps(config.weights_part)}
     sections = {"model": config.model, "data": config.data, "train": config.train}
-    return {
+    return begun | {
         f"{section}.{name}": json.dumps(value)
         for section, fields in sections.items()
         for name, value in fields.model_dump(mode="json").items()
@@ -577,6 +587,10 @@ def _initialise(model: DynaMask, config: Config, report: ProgressReport) -> None
             )
         report.message(f"Started from {source}; {len(afresh)} tensors, of the mask branch or of another shape, begin afresh.")
     elif config.keeps_detector:
+        if not Path(source).is_file():
+            raise InputError(
+                f"{source} is not a file: give the checkpoint whose detector is to be kept, a model.safetensors of dynamask train."
+            )
         raise InputError(f"{source} is no DynaMask checkpoint, whose detector could be kept: give a model.safetensors of dynamask train.")
     else:
         report.message(f"Started from {load_weights(model, source)}.")

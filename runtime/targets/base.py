@@ -158,7 +158,7 @@ def check_target(target: str) -> None:
         InputError: no such target, or its library is not installed or does not load.
     """
     if target not in TARGETS:
-        raise InputError(f"{target} is not a target; take auto or {', '.join(TARGETS)}.")
+        raise InputError(f"{target} is not a target; take one of {', '.join(TARGETS)}.")
     if target != "onnxruntime":
         from runtime.targets.tensorrt import library_version
 

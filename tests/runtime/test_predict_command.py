@@ -75,6 +75,15 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(bundle, photo, tm
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
+@pytest.mark.parametrize("arguments", [["--output", "."], ["--json", "photo.png"]])
+def test_a_photograph_is_never_written_over(bundle, photo, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(photo.parent)
+    before = photo.read_bytes()
+    result = run("predict", bundle, photo, *arguments)
+    assert isinstance(result.exception, InputError) and "both read and written" in str(result.exception)
+    assert photo.read_bytes() == before
+
+
 @pytest.mark.parametrize(("grid", "expected"), [("28", {28}), ("routed", {112, 14, 56})])
 def test_the_grid_is_chosen(bundle, photo, tmp_path, grid, expected):
     run("predict", bundle, photo, "--grid", grid, "--json", tmp_path / "found.json")

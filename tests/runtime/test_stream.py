@@ -245,6 +245,8 @@ def test_several_sources_of_one_name_get_files_of_their_own(tmp_path: Path, fake
     [
         (["in.mp4", "gone.mp4"], "gone.mp4 does not exist"),
         (["in.mp4", "--output", "o.mp4", "--jsonl", "o.mp4"], "o.mp4 is given for two outputs"),
+        (["in.mp4", "--jsonl", "o.json", "--json", "o.json"], "o.json is given for two outputs"),
+        (["in.mp4", "--json", "."], "is a folder"),
         (["in.mp4", "--budget", "0.1", "--grid", "uniform-14"], "--grid uniform-14 leaves it nothing to choose"),
         (["in.mp4", "--budget", "0.1", "--grid", "routed@50%"], "--grid routed@50% leaves it nothing to choose"),
     ],
@@ -267,6 +269,7 @@ def test_a_call_that_contradicts_itself_writes_nothing(
 def test_a_source_is_never_written_over(tmp_path: Path, fake_bundle: None, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_video(tmp_path / "in.mp4", frames=3)
     before = source.read_bytes()
-    assert main(["stream", "bundle", str(source), "--output", str(source)]) == 2
-    assert "both read and written" in capsys.readouterr().err
-    assert source.read_bytes() == before
+    for option in ("--output", "--json"):
+        assert main(["stream", "bundle", str(source), option, str(source)]) == 2
+        assert "both read and written" in capsys.readouterr().err
+        assert source.read_bytes() == before

@@ -154,9 +154,11 @@ def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path,
     run_plan(write(tmp_path, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
     with pytest.raises(InputError, match=r"train\.rate"):
         run_plan(write(tmp_path, set={**FIELDS, "train.rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
-    longer = run_plan(write(tmp_path, set={**FIELDS, "train.epochs": 2}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
-    assert longer["complete"] and trained[-1].endswith("again")
-    assert json.loads((tmp_path / "out" / "mask-r-cnn-28" / "seed-0" / "metrics.json").read_text())["steps"] == 3
+    with pytest.raises(InputError, match=r"holds a run with train\.epochs 1\.0, not 2\.0 as the plan says: choose another --output"):
+        run_plan(write(tmp_path, set={**FIELDS, "train.epochs": 2}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    assert json.loads((tmp_path / "out" / "mask-r-cnn-28" / "seed-0" / "metrics.json").read_text())["steps"] == 2
+    quicker = run_plan(write(tmp_path, set={**FIELDS, "train.threads": 1}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    assert quicker["complete"] and len(trained) == 1
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,10 @@ def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path,
         ({"rows": [{"name": "a", "policies": ["uniform-15"]}]}, "uniform-15"),
         ({"rows": [{**MASK_RCNN, "policies": ["routed"]}]}, "leave policies out"),
         ({"rows": [{"name": "a"}], "seeds": []}, "seeds"),
+        ({"rows": [{"name": "a"}, {"name": "b", "seeds": [0, 0]}]}, "name one twice"),
+        ({"rows": [{"name": "a"}, {"name": "b", "seeds": [3, -1]}]}, "row 'b': .*seed"),
+        ({"rows": [{"name": "a", "set": {"train.seed": 3}}]}, "train.seed is in set"),
+        ({"rows": [{"name": "a"}, {"name": "b", "set": {"weights": "no-such.pth"}}]}, "weights no-such.pth is not a file"),
         ({"rows": [{"name": "a"}], "base": "no-such"}, "no-such"),
         ({"rows": [{"name": "a", "polices": []}]}, "polices"),
     ],

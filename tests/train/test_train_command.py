@@ -99,7 +99,7 @@ def test_a_value_that_no_run_can_have_is_refused_by_name(field: str, value: str,
 
 
 def test_fields_that_contradict_each_other_are_not_quoted_whole(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^lite0-shapes: model: canvas \(100, 100\) must be multiples of 32, 64 at least; [^{]*$"):
+    with pytest.raises(InputError, match=r"^lite0-shapes: model: canvas \(100, 100\) must be multiples of 32 from 64 to 4096; [^{]*$"):
         run("--config", "lite0-shapes", "--output", str(tmp_path), "--set", "model.canvas=[100, 100]", catch=False)
 
 

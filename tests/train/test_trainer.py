@@ -244,12 +244,25 @@ def test_the_switch_has_its_lessons_once_after_the_last_step(tmp_path: Path, unj
     assert all(torch.equal(again[name], taught[name]) for name in taught)
 
 
+def test_the_best_is_the_best_of_those_that_had_lessons(tmp_path: Path, instructive: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    falling = iter(range(90, 0, -1))
+    figures = {"bbox": {"AP": 2.0}, "share": {"14": 1.0}, "images": 1, "detections": 1}
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {**figures, "segm": {"AP": float(next(falling)), "AP_L": None}})
+    config = tiny(train__switch_instances=8, model__score_threshold=0.0, train__evaluate_every=0.5)
+    result = trainer.train(config, tmp_path, quiet=True)
+    assert len(result["ap_by_epoch"]) > 1 and [entry["taught"] for entry in result["ap_by_epoch"][-2:]] == [False, True]
+    best, latest = (load_checkpoint(tmp_path / f"{name}.safetensors").tensors for name in ("best", "model"))
+    assert all(torch.equal(best[name], latest[name]) for name in latest)
+
+
 def test_lessons_alone_are_a_run(tmp_path: Path, unjudged: None) -> None:
     alone = {"train__warm_epochs": 0, "train__epochs": 0, "train__drops": []}
     result = trainer.train(tiny(**alone, train__switch_instances=8, model__score_threshold=0.0), tmp_path / "alone", quiet=True)
     assert result["steps"] == 0 and not result["interrupted"]
-    with pytest.raises(InputError, match="no step"):
-        trainer.train(tiny(**alone), tmp_path / "nothing", quiet=True)
+    plain_head = {"train__switch_instances": 8, "model__mask_head": "maskrcnn", "model__mask_grid": 14}
+    for fields in ({}, plain_head):
+        with pytest.raises(InputError, match="no step"):
+            trainer.train(tiny(**alone, **fields), tmp_path / "nothing", quiet=True)
 
 
 def test_lessons_that_were_interrupted_are_given_by_the_run_that_goes_on(
