@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from runtime.errors import InputError
 
@@ -80,6 +81,21 @@ def joined() -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device, restarts > 0)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def averaged(model: nn.Module, world: World) -> Iterator[nn.Module]:
+    """The model, with its gradients averaged over the processes in `backward`. What takes part may differ from step to step."""
+    if world.size == 1:
+        yield model
+        return
+    parallel = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    try:
+        yield parallel
+    finally:
+        # Freed while the process group is there. A traceback may hold `parallel` for longer, and a reducer that was the last to hold the
+        # group would wait, with Python's lock, for a thread of the group that waits for the lock (torch 2.11).
+        del parallel.reducer, parallel.logger
 
 
 def instances_per_process(count: int, device: torch.device) -> float:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from dynamask.config import Config
@@ -31,7 +30,7 @@ from dynamask.data.cityscapes import CityscapesDataset
 from dynamask.data.coco import CocoDataset, LabelledDataset, Part, coco_2017
 from dynamask.data.lvis import lvis_v1
 from dynamask.data.shapes import ShapesDataset
-from dynamask.distributed import World, joined
+from dynamask.distributed import World, averaged, joined
 from dynamask.model import LARGEST_PAPER_COST, DynaMask, build_model
 from dynamask.msm import MaskSwitch
 from dynamask.train.checkpoint import (
@@ -221,33 +220,27 @@ class Run:
             log = RunLog(self.output, self.step)
         try:
             self.report.start(self.step, self.schedule.total_steps)
-            model = self._parallel()
-            for images, targets in self.batches():
-                self._evaluate_if_due(log)
-                if self.world.any(self.interruption()):
-                    break
-                self._note_skipped([entry for target in targets for entry in target["skipped"]], log)
-                record = self.take_step(model, images, targets)
-                self.seconds = time.monotonic() - started
-                if log is not None:
-                    log.step({**record, "seconds": round(self.seconds, 3)})
-                self.report.step(record, self.config.train.batch)
-                if self.schedule.saves(self.step):
-                    self._save()
-            else:
-                if not self.world.any(not self._teach_switch()):
+            with averaged(self.model, self.world) as model:
+                for images, targets in self.batches():
                     self._evaluate_if_due(log)
+                    if self.world.any(self.interruption()):
+                        break
+                    self._note_skipped([entry for target in targets for entry in target["skipped"]], log)
+                    record = self.take_step(model, images, targets)
+                    self.seconds = time.monotonic() - started
+                    if log is not None:
+                        log.step({**record, "seconds": round(self.seconds, 3)})
+                    self.report.step(record, self.config.train.batch)
+                    if self.schedule.saves(self.step):
+                        self._save()
+                else:
+                    if not self.world.any(not self._teach_switch()):
+                        self._evaluate_if_due(log)
             self.seconds = time.monotonic() - started
             return self._finish()
         finally:
             if log is not None:
                 log.close()
-
-    def _parallel(self) -> nn.Module:
-        """The model, with its gradients averaged over the processes. What takes part differs by phase."""
-        if self.world.size == 1:
-            return self.model
-        return DistributedDataParallel(self.model, broadcast_buffers=False, find_unused_parameters=True)
 
     def batches(self) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
         """The batches of the steps that are left, as the loader reads them: images `[B, 3, H, W] float32`, and a target an image."""

@@ -9,10 +9,9 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from dynamask.config import LITE0, Config
-from dynamask.distributed import World, joined
+from dynamask.distributed import World, averaged, joined
 from dynamask.model import build_model
 
 SIDE = 128
@@ -39,15 +38,15 @@ def gradients(phase: int, world: World) -> dict[str, Tensor]:
     sizes = {"canvas": (SIDE, SIDE), "mask_rois_per_image": 64, "frozen_stages": 4}
     model = build_model(Config(model=LITE0.model_copy(update=sizes)), [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]).train()
     model.phase = phase
-    parallel = model if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
     images, targets = batch()
     half = torch.full((), 0.5)
     with (
+        averaged(model, world) as parallel,
         mock.patch("torch.randperm", lambda n, **kwargs: torch.arange(n)),
         mock.patch("torch.rand", lambda *shape, **kwargs: half.expand(shape[0]).clone()),
     ):
         losses = parallel(images[world.rank :: world.size], targets[world.rank :: world.size])
-    torch.stack(list(losses.values())).sum().backward()
+        torch.stack(list(losses.values())).sum().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
