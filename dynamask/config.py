@@ -24,8 +24,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-LARGEST_SIDE = 4096
-"""Of a canvas, pixels."""
+CANVAS_SIDES = "multiples of 32 from 64 to 4096"
+
+
+def canvas_fits(canvas: tuple[int, int]) -> bool:
+    """Whether height and width are what `CANVAS_SIDES` says."""
+    return all(side % 32 == 0 and 64 <= side <= 4096 for side in canvas)
 
 
 class ModelConfig(_Strict):
@@ -86,8 +90,8 @@ class ModelConfig(_Strict):
             raise ValueError("mask_grid is given with mask_head maskrcnn, and with no other head")
         if self.mask_head == "maskrcnn" and (self.fusion, self.pyramid) != ("fam", "fpn"):
             raise ValueError("fusion and pyramid belong to the r-FPN, which a maskrcnn head has not")
-        if any(side % 32 or not 64 <= side <= LARGEST_SIDE for side in self.canvas):
-            raise ValueError(f"canvas {self.canvas} must be multiples of 32 from 64 to {LARGEST_SIDE}")
+        if not canvas_fits(self.canvas):
+            raise ValueError(f"canvas {self.canvas} must be {CANVAS_SIDES}")
         return self
 
 

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 import dynamask
-from dynamask.config import GRIDS, LARGEST_SIDE, PRESETS, Config
+from dynamask.config import CANVAS_SIDES, GRIDS, PRESETS, Config, canvas_fits
 from dynamask.flops import MacCounter, grid_gmacs, msm_gmacs
 from dynamask.inference import detect
 from dynamask.model import DynaMask, build_model
@@ -93,10 +93,8 @@ def read_model(checkpoint: str | os.PathLike[str], canvas: tuple[int, int] | Non
         classes = [{"id": i + 1, "name": f"class {i + 1}"} for i in range(80)]
         state = {}
     if canvas is not None:
-        if any(side % 32 or not 64 <= side <= LARGEST_SIDE for side in canvas):
-            raise InputError(
-                f"--size {canvas[0]}x{canvas[1]} does not fit: height and width must be multiples of 32 from 64 to {LARGEST_SIDE}."
-            )
+        if not canvas_fits(canvas):
+            raise InputError(f"--size {canvas[0]}x{canvas[1]} does not fit: height and width must be {CANVAS_SIDES}.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"canvas": canvas})})
     model = build_model(config, classes)
     if state:

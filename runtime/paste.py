@@ -19,6 +19,14 @@ class Rle(TypedDict):
     counts: str
 
 
+def covered_pixels(box: npt.NDArray[np.floating[Any]], height: int, width: int) -> tuple[int, int, int, int]:
+    """`left, top, right, bottom` (the last two excluded) of the image's pixels whose centres are in the box `[4]`, xyxy in pixels."""
+    x0, y0, x1, y1 = (float(value) for value in box)
+    first = np.clip(np.ceil([x0 - 0.5, y0 - 0.5]), 0, [width, height]).astype(int)
+    last = np.clip(np.ceil([x1 - 0.5, y1 - 0.5]), first, [width, height]).astype(int)
+    return int(first[0]), int(first[1]), int(last[0]), int(last[1])
+
+
 def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]], height: int, width: int) -> Crop:
     """The pixels of a mask, as a crop of the `height x width` image.
 
@@ -34,10 +42,8 @@ def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]
     """
     grid = logits.shape[0]
     x0, y0, x1, y1 = (float(value) for value in box)
-    first = np.clip(np.ceil([x0 - 0.5, y0 - 0.5]), 0, [width, height]).astype(int)
-    last = np.clip(np.ceil([x1 - 0.5, y1 - 0.5]), first, [width, height]).astype(int)
-    columns, rows = (int(count) for count in last - first)
-    left, top = int(first[0]), int(first[1])
+    left, top, right, bottom = covered_pixels(box, height, width)
+    columns, rows = right - left, bottom - top
     if not columns or not rows:
         return left, top, np.zeros((rows, columns), bool)
     step_x, step_y = grid / (x1 - x0), grid / (y1 - y0)

@@ -30,7 +30,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_p
 from torchvision.ops import MultiScaleRoIAlign, deform_conv2d, roi_align
 
 from runtime.errors import InputError
-from runtime.paste import Crop, mask_crop
+from runtime.paste import Crop, covered_pixels, mask_crop
 from trt_plugins.deform_conv import DeformConv
 from trt_plugins.detections import Detections
 from trt_plugins.msm_route import MsmRoute
@@ -608,12 +608,11 @@ def _paste_masks(boxes: Tensor, counts: Sequence[int]) -> Case:
 
 def _crop_of_bits(bits: npt.NDArray[np.int32], box: npt.NDArray[np.float32], width: int) -> Crop:
     """The pixels whose centres are in the box, of a mask `[height, words]`: `runtime.paste.mask_crop`'s."""
-    limits = np.array([width, len(bits)])
-    (left, top), (right, bottom) = np.clip(np.ceil(box.astype(np.float64).reshape(2, 2) - 0.5), 0, limits).astype(int).tolist()
+    left, top, right, bottom = covered_pixels(box, len(bits), width)
     first = left // 32
-    words = np.ascontiguousarray(bits[top : max(bottom, top), first : max(-(-right // 32), first)])
+    words = np.ascontiguousarray(bits[top:bottom, first : -(-right // 32)])
     pixels = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").view(bool)
-    return left, top, pixels[:, left - 32 * first : max(right, left) - 32 * first]
+    return left, top, pixels[:, left - 32 * first : right - 32 * first]
 
 
 def _finest_map() -> Tensor:
