@@ -13,7 +13,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dynamask.config import GRIDS, Config, load_config, misfit
+from dynamask.config import Config, load_config, misfit
 from dynamask.flops import image_gmacs
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
@@ -22,6 +22,7 @@ from dynamask.train.log import ProgressReport
 from dynamask.train.trainer import train, validation_set
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, sha256, write_json
+from runtime.graph import GRIDS
 from runtime.validate import parse_policy
 
 WITHOUT_EFFECT = frozenset(

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamask.config import GRIDS
 from dynamask.initialise import gaussian, kaiming
 from dynamask.rfpn import own_class_logits
 from runtime.errors import InputError
+from runtime.graph import GRIDS
 
 NEVER = -1e4
 """The logit of a grid that a Mask R-CNN head has not."""

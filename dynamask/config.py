@@ -10,10 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from runtime.errors import InputError
 
-GRIDS: tuple[int, int, int, int] = (14, 28, 56, 112)
-"""The four mask resolutions, tiny to large (paper, section 3.2)."""
-
-
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

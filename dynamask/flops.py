@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dynamask.baselines import MaskRCNNConvolutions, MaskRCNNPredictor
-from dynamask.config import GRIDS, Config, ModelConfig
+from dynamask.config import Config, ModelConfig
 from dynamask.deform_conv import DeformConv2d
+from runtime.graph import GRIDS
 
 if TYPE_CHECKING:
     from dynamask.model import MaskBranch

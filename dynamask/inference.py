@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image, nms
 
-from dynamask.config import GRIDS
 from dynamask.model import DynaMask, MaskBranch
-from dynamask.msm import MSM, route
+from dynamask.msm import route
+from runtime.graph import GRIDS, MSM
 
 RPN_NMS_THRESHOLD = 0.7
 

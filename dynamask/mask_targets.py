@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from dynamask.config import GRIDS
+from runtime.graph import GRIDS
 
 
 def grid_targets(masks: Tensor, rois: Tensor, matched: Tensor | None = None) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from dynamask.backbone import build_backbone
 from dynamask.baselines import PYRAMIDS, MaskRCNNConvolutions, MaskRCNNPredictor, OneGrid
-from dynamask.config import GRIDS, Config
+from dynamask.config import Config
 from dynamask.fam import FUSIONS
 from dynamask.flops import grid_gmacs
 from dynamask.losses import (
@@ -30,6 +30,7 @@ from dynamask.mask_targets import grid_targets
 from dynamask.msm import MaskSwitch, gumbel_noise, straight_through
 from dynamask.rfpn import GridHeads, RegionFPN
 from dynamask.roi import pyramid_roi_align
+from runtime.graph import GRIDS
 
 BOX_REGION = 7
 LARGEST_PAPER_COST = 1.4

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamask.initialise import gaussian, kaiming
-
-MSM, SIZE_BASED = -1, 4
-"""Values of `grid_override` beside 0..3, which force that grid."""
+from runtime.graph import MSM, SIZE_BASED
 
 
 class SqueezeExcitation(nn.Module):

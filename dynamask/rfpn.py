@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamask.config import GRIDS
 from dynamask.fam import FeatureAggregation
 from dynamask.initialise import gaussian, kaiming
 from dynamask.roi import roi_align
+from runtime.graph import GRIDS
 
 STAGE_LEVELS: tuple[int, int, int] = (4, 3, 2)
 """The i-FPN level that each stage (28, 56, 112) is fused with."""

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 import dynamask
-from dynamask.config import CANVAS_SIDES, GRIDS, PRESETS, Config, canvas_fits
+from dynamask.config import CANVAS_SIDES, PRESETS, Config, canvas_fits
 from dynamask.flops import MacCounter, grid_gmacs, msm_gmacs
 from dynamask.inference import detect
 from dynamask.model import DynaMask, build_model
@@ -23,6 +23,7 @@ from export.graph import export_graph
 from export.parity import measure_parity
 from runtime.bundle import MODEL, Bundle, Manifest
 from runtime.errors import DynaMaskError, InputError
+from runtime.graph import GRIDS
 from runtime.images import read_image
 from runtime.preprocess import letterbox_normalise
 

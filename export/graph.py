@@ -11,15 +11,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from dynamask.config import GRIDS
 from dynamask.inference import RPN_NMS_THRESHOLD, detector_pass, mask_pass
 from dynamask.model import DynaMask
-from export.seams import DETECTIONS, DETECTOR_SEAMS, MASK_SEAMS, SLOTS, GraphFacts, write_facts
+from export.seams import DETECTOR_SEAMS, MASK_SEAMS, GraphFacts, write_facts
 from runtime.files import atomic_path
+from runtime.graph import DETECTIONS, GRIDS, INPUTS, MSM, OUTPUTS
 
 OPSET = 20
-INPUTS = ("image", "min_score", "budget", "grid_override")
-OUTPUTS = (*DETECTIONS, "grids", *SLOTS, *(f"masks_{g}" for g in GRIDS))
 
 
 class InferenceGraph(nn.Module):
@@ -58,7 +56,7 @@ def export_graph(model: DynaMask, path: Path, canvas: tuple[int, int]) -> dict[s
     Names and shapes of inputs, outputs and inner boundary tensors are those of docs/architecture.md.
     """
     slots = model.config.model.detections
-    example = (torch.zeros(1, 3, *canvas), torch.tensor(0.0), torch.tensor(0.0), torch.full((slots,), -1, dtype=torch.int64))
+    example = (torch.zeros(1, 3, *canvas), torch.tensor(0.0), torch.tensor(0.0), torch.full((slots,), MSM, dtype=torch.int64))
     # The exporter counts steps on standard output and warns about its own and torchvision's deprecations.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

@@ -19,9 +19,10 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from export.seams import DETECTIONS, HERE, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, SLOTS, GraphFacts, read_facts
+from export.seams import HERE, ONWARD, RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
 from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
+from runtime.graph import DETECTIONS, PYRAMID, SLOTS
 from trt_plugins.operator import DType, Operator, TensorSpec
 from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX
 

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamask.config import GRIDS
 from dynamask.inference import GraphOutput, predict
 from dynamask.model import DynaMask
 from runtime.errors import DynaMaskError
+from runtime.graph import GRIDS, MSM, SIZE_BASED
 from runtime.targets.base import Engine, EngineOutput
 
 BOX_TOLERANCE = 0.1
@@ -55,7 +55,7 @@ def measure_parity(model: DynaMask, engine: Engine, canvases: Iterable[npt.NDArr
     half = float(model.mask_branch.costs[-1]) / 2
     for canvas in canvases:
         parity.images += 1
-        for budget, override in [(0.0, -1), (half, -1), (0.0, 3), (0.0, 4)]:
+        for budget, override in [(0.0, MSM), (half, MSM), (0.0, len(GRIDS) - 1), (0.0, SIZE_BASED)]:
             wanted = predict(model, torch.from_numpy(canvas), budget, override)
             _compare(parity, wanted, engine.run(canvas, budget or None, override))
     if not parity.instances:

@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, defs, helper, numpy_helper
 
-from export.seams import DETECTIONS, RPN_DELTAS, RPN_LOGITS, SLOTS
+from export.seams import RPN_DELTAS, RPN_LOGITS
 from runtime.errors import InputError
+from runtime.graph import DETECTIONS, SLOTS
 
 PREDICTIONS = (*RPN_LOGITS, *RPN_DELTAS, "class_logits", "box_deltas", "msm_logits")
 """Where the network ends and decisions begin."""

@@ -8,18 +8,15 @@ from __future__ import annotations
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dynamask.config import GRIDS
 from runtime.bundle import MODEL
 from runtime.errors import InputError
+from runtime.graph import GRIDS, PYRAMID
 
 LEVELS = range(5)
-PYRAMID = ("p2", "p3", "p4", "p5")
 RPN_LOGITS = tuple(f"rpn_logits_{level}" for level in LEVELS)
 RPN_DELTAS = tuple(f"rpn_deltas_{level}" for level in LEVELS)
-DETECTIONS = ("boxes", "scores", "labels")
 ONWARD = tuple(f"onward_{grid}" for grid in GRIDS[1:])
 HERE = tuple(f"here_{grid}" for grid in GRIDS)
-SLOTS = tuple(f"slots_{grid}" for grid in GRIDS)
 DETECTOR_SEAMS = (*PYRAMID, *RPN_LOGITS, *RPN_DELTAS, "proposals", "proposal_count", "box_region", "class_logits", "box_deltas")
 MASK_SEAMS = ("slots", "mask_boxes", "mask_overrides", "region", "msm_logits", *ONWARD, *HERE)
 FACTS = "dynamask"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.doctor import processor, usable_cores
 from runtime.errors import InputError
-from runtime.instances import GRIDS
+from runtime.graph import GRIDS, MSM
 
 if TYPE_CHECKING:
     from runtime.bundle import Manifest
@@ -123,7 +123,7 @@ def random_inputs(engine: MaskEngine, instances: int, random: np.random.Generato
     """Normally distributed features of the engine's own shapes, and `instances` filled slots in front of empty ones."""
     manifest = engine.manifest
     slots = manifest.detections
-    boxes, scores, labels = np.zeros((slots, 4), np.float32), np.zeros(slots, np.float32), np.full(slots, -1, np.int64)
+    boxes, scores, labels = np.zeros((slots, 4), np.float32), np.zeros(slots, np.float32), np.full(slots, MSM, np.int64)
     boxes[:instances] = random_boxes(instances, *manifest.canvas, random)
     scores[:instances] = np.sort(random.uniform(max(0.5, manifest.score_threshold), 1, instances))[::-1]
     labels[:instances] = random.integers(0, len(manifest.classes), instances)
@@ -132,7 +132,7 @@ def random_inputs(engine: MaskEngine, instances: int, random: np.random.Generato
 
 
 def _override(slots: int, grids: NDArray[Any]) -> NDArray[np.int64]:
-    override = np.full(slots, -1, np.int64)
+    override = np.full(slots, MSM, np.int64)
     override[: len(grids)] = grids
     return override
 

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, sha256, unwritable, write_json
-from runtime.instances import GRIDS, ClassName
+from runtime.graph import GRIDS
+from runtime.instances import ClassName
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from runtime.paste import Crop
 
-GRIDS: tuple[int, int, int, int] = (14, 28, 56, 112)
-"""The mask grids, tiny to large (paper, section 3.2): index k of the graph is a grid of `GRIDS[k]` cells a side."""
-
 
 @dataclass(frozen=True)
 class ClassName:

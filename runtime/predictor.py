@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from runtime.bundle import Bundle
 from runtime.errors import InputError
-from runtime.instances import GRIDS, Instances
+from runtime.graph import GRIDS, MSM, SIZE_BASED
+from runtime.instances import Instances
 from runtime.preprocess import filled_canvas, letterbox_normalise
 from runtime.targets.base import Engine, EngineOutput, GridOverride, open_engine, slot_overrides
 
@@ -104,7 +105,7 @@ class Predictor:
             _check_image(image)
         if budget:
             _check_budget(budget)
-        if grid_override is not None and not np.isin(grid_override, np.arange(-1, 5)).all():
+        if grid_override is not None and not np.isin(grid_override, np.arange(MSM, SIZE_BASED + 1)).all():
             raise InputError(f"{grid_override} chooses no grid; give -1 (the model decides), 0..3 (14, 28, 56, 112) or 4 (by size).")
         overrides = slot_overrides(grid_override, self.bundle.manifest.detections)
         budget, most = self.budget if budget is None else budget, self.engine.profile.batch[-1]

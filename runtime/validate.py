@@ -17,6 +17,7 @@ from runtime.bench import machine
 from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco, to_rle
 from runtime.errors import InputError
+from runtime.graph import MSM, SIZE_BASED
 from runtime.images import read_image
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ PARTS = ("preprocess", "detector", "masks", "paste")
 """What a frame's latency is made of, in order."""
 ROUTING_SCORE = 0.5
 """Detections below this score stay out of the table of who gets which grid: their class says little about the shape."""
-_SIZE_BASED = 4
 
 
 class Policy(NamedTuple):
@@ -52,11 +52,11 @@ def parse_policy(name: str, grid_gmacs: Mapping[int, float]) -> Policy:
     """
     rule, _, budget = name.partition("@")
     if name == "routed":
-        return Policy(name, 0.0, -1)
+        return Policy(name, 0.0, MSM)
     if name == "size-based":
-        return Policy(name, 0.0, _SIZE_BASED)
+        return Policy(name, 0.0, SIZE_BASED)
     if rule == "routed":
-        return Policy(name, _budget(name, budget, max(grid_gmacs.values())), -1)
+        return Policy(name, _budget(name, budget, max(grid_gmacs.values())), MSM)
     grids = sorted(grid_gmacs)
     if name in (uniform := [f"uniform-{grid}" for grid in grids]):
         return Policy(name, 0.0, uniform.index(name))
@@ -307,7 +307,7 @@ def _judge(run: _Run, truth: Mapping[str, Any], judged: set[int], grid_gmacs: Ma
         "instances": len(run.grids),
         "latency_ms": {part: percentiles([times[part] for times in run.times]) for part in (*PARTS, "total")},
     }
-    if run.policy.grid_override == -1:
+    if run.policy.grid_override == MSM:
         result["routing"] = _routing(run, truth["categories"], grid_gmacs)
     return result
 

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamask.config import GRIDS, Config
+from dynamask.config import Config
 from dynamask.data.coco import LabelledDataset
 from dynamask.inference import predict
 from dynamask.model import DynaMask
-from dynamask.msm import MSM
 from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco
+from runtime.graph import GRIDS, MSM
 from runtime.instances import ClassName, Instances
 from runtime.preprocess import letterbox_normalise
 from runtime.validate import Policy

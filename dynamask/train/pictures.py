@@ -13,7 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dynamask.config import GRIDS, Config
+from dynamask.config import Config
 from dynamask.data.canvas import InstanceDataset, to_canvas
 from dynamask.losses import edge_target
 from dynamask.mask_targets import grid_targets
@@ -22,6 +22,7 @@ from dynamask.rfpn import GridHeads
 from dynamask.train.evaluate import detect
 from runtime.annotate import GRID_COLORS, annotate
 from runtime.files import atomic_path
+from runtime.graph import GRIDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamask.config import GRIDS
 from dynamask.data.augment import TrainingItems
 from dynamask.inference import detect
 from dynamask.model import DynaMask, batch_rois
 from dynamask.msm import MaskSwitch
 from dynamask.train.schedule import mixed_seed
+from runtime.graph import GRIDS
 from runtime.paste import mask_crop
 
 WORTH = (0.45, 0.95)

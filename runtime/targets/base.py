@@ -14,14 +14,10 @@ import numpy.typing as npt
 
 from runtime.cuda import open_driver
 from runtime.errors import InputError
+from runtime.graph import MSM
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle, Manifest, Profile
-
-MSM = -1
-"""The value of `grid_override` that leaves the choice of the grid to the model."""
-SIZE_BASED = 4
-"""The value of `grid_override` that chooses the grid by the instance's size (paper, Eq. 8)."""
 
 TARGETS = ("tensorrt-rtx", "tensorrt", "onnxruntime")
 """The best first."""

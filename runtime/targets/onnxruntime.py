@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from runtime.bundle import MANIFEST, MODEL, Bundle, EngineEntry, Profile
 from runtime.errors import DynaMaskError, InputError
-from runtime.instances import GRIDS
+from runtime.graph import DETECTIONS, DETECTOR_INPUTS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
 from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, slot_overrides
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 TARGET = "onnxruntime"
 DETECTOR = "detector.onnx"
 MASKS = "masks.onnx"
-FEATURES = ("p2", "p3", "p4", "p5")
-DETECTIONS = ("boxes", "scores", "labels")
-CONTROLS = ("budget", "grid_override")
-MASK_OUTPUTS = ("grids", *(f"{kind}_{grid}" for grid in GRIDS for kind in ("slots", "masks")))
 _PROVIDERS = ["CPUExecutionProvider"]
 
 
@@ -76,7 +72,7 @@ class OnnxRuntimeEngine:
     def feature_shapes(self) -> list[tuple[int, int, int, int]]:
         """`[1, C, H / s, W / s]` of P2..P5, as the mask branch takes them."""
         shapes = {value.name: value.shape for value in self._masks.get_inputs()}
-        return [tuple(shapes[name]) for name in FEATURES]
+        return [tuple(shapes[name]) for name in PYRAMID]
 
     def run(
         self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
@@ -85,7 +81,7 @@ class OnnxRuntimeEngine:
         check_fits(image.shape, self.profile, self._path, TARGET)
         start = time.perf_counter()
         inputs = {"image": _value(image), "min_score": _value(np.array(min_score, np.float32))}
-        detected = self._detector.run_with_ort_values((*FEATURES, *DETECTIONS), inputs)
+        detected = self._detector.run_with_ort_values((*PYRAMID, *DETECTIONS), inputs)
         found = time.perf_counter()
         boxes, scores, labels = detected[4:]
         grids, masks = self.run_masks(detected[:4], boxes, scores, labels, budget, grid_override)
@@ -108,9 +104,9 @@ class OnnxRuntimeEngine:
         """
         override = slot_overrides(grid_override, self.manifest.detections)
         values = (*features, boxes, scores, labels, np.array(budget or 0, np.float32), override)
-        inputs = {name: _value(value) for name, value in zip((*FEATURES, *DETECTIONS, *CONTROLS), values, strict=True)}
+        inputs = {name: _value(value) for name, value in zip((*PYRAMID, *DETECTIONS, *MASK_CONTROLS), values, strict=True)}
         grids, *rest = (value.numpy() for value in self._masks.run_with_ort_values(MASK_OUTPUTS, inputs))
-        return grids, {grid: (rest[2 * k], rest[2 * k + 1]) for k, grid in enumerate(GRIDS)}
+        return grids, dict(zip(GRIDS, zip(rest[: len(GRIDS)], rest[len(GRIDS) :], strict=True), strict=True))
 
 
 def _value(value: Any) -> Any:
@@ -152,8 +148,8 @@ def build(bundle: Bundle, precision: str = "fp32", convert: Callable[[onnx.Model
 
         replace_deform_conv(model)
     parts = {
-        DETECTOR: _cut(bundle, model, ("image", "min_score"), (*FEATURES, *DETECTIONS)),
-        MASKS: _cut(bundle, model, (*FEATURES, *DETECTIONS, *CONTROLS), MASK_OUTPUTS),
+        DETECTOR: _cut(bundle, model, DETECTOR_INPUTS, (*PYRAMID, *DETECTIONS)),
+        MASKS: _cut(bundle, model, (*PYRAMID, *DETECTIONS, *MASK_CONTROLS), MASK_OUTPUTS),
     }
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in parts}

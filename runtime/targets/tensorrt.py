@@ -24,7 +24,7 @@ from runtime.bundle import Bundle, Canvas, EngineEntry, Profile
 from runtime.cuda import Driver, open_driver
 from runtime.errors import DynaMaskError, InputError
 from runtime.files import atomic_path, user_cache
-from runtime.instances import GRIDS
+from runtime.graph import GRIDS, INPUTS, OUTPUTS
 from runtime.targets.base import EngineOutput, GridOverride, check_fits, slot_overrides
 from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     import tensorrt
 
 ENGINE = "engine.bin"
-INPUTS = ("image", "min_score", "budget", "grid_override")
-OUTPUTS = ("boxes", "scores", "labels", "grids", *(f"{kind}_{grid}" for grid in GRIDS for kind in ("slots", "masks")))
 _LETTERS = {"i32": "i", "i64": "q", "fp32": "f"}
 _LOADING = threading.Lock()
 """Plugins take the launcher that is registered while their engine is loaded: one engine at a time."""

@@ -34,9 +34,10 @@ from export.lowering import (
     replace_between,
 )
 from export.precision import to_fp16
-from export.seams import DETECTIONS, HERE, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, SLOTS, GraphFacts
+from export.seams import HERE, ONWARD, RPN_DELTAS, RPN_LOGITS, GraphFacts
 from runtime.bundle import Profile
 from runtime.errors import InputError
+from runtime.graph import DETECTIONS, PYRAMID, SLOTS
 from tests.export.conftest import CANVAS
 from trt_plugins.registry import DOMAIN, OPERATORS
 

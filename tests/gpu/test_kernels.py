@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from dynamask.config import GRIDS, LITE0, R50, ModelConfig
+from dynamask.config import LITE0, R50, ModelConfig
 from dynamask.inference import RPN_NMS_THRESHOLD
 from runtime.bench import random_boxes
+from runtime.graph import GRIDS
 from trt_plugins.deform_conv import DeformConv
 from trt_plugins.deform_conv.reference import deform_conv
 from trt_plugins.detections import Detections

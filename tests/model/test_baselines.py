@@ -13,7 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor as Torchvis
 from torchvision.models.detection.roi_heads import maskrcnn_loss
 
 from dynamask.baselines import BidirectionalPyramid, MaskRCNNPredictor, PathAggregation, WeightedSum
-from dynamask.config import GRIDS, R50, Config, ModelConfig, load_config
+from dynamask.config import R50, Config, ModelConfig, load_config
 from dynamask.fam import FUSIONS, AdditiveFusion, AlignedFusion, ConvolutionFusion, FeatureAggregation
 from dynamask.flops import grid_gmacs, image_gmacs, msm_gmacs
 from dynamask.inference import predict
@@ -21,6 +21,7 @@ from dynamask.mask_targets import grid_targets
 from dynamask.model import DynaMask, MaskBranch, build_model
 from dynamask.rfpn import RegionFPN
 from runtime.errors import InputError
+from runtime.graph import GRIDS
 from tests.tiny import TINY
 
 FIELDS = {

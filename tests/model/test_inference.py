@@ -8,9 +8,10 @@ import pytest
 import torch
 from torchvision.models.detection.image_list import ImageList
 
-from dynamask.config import GRIDS, LITE0, Config
+from dynamask.config import LITE0, Config
 from dynamask.inference import Detections, detect, predict, propose, segment
 from dynamask.model import DynaMask, build_model
+from runtime.graph import GRIDS
 
 CLASSES = [{"id": i + 1, "name": f"class {i}"} for i in range(3)]
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamask.msm import MSM, SIZE_BASED, MaskSwitch, SqueezeExcitation, gumbel_noise, route, size_based_grid, straight_through
+from dynamask.msm import MaskSwitch, SqueezeExcitation, gumbel_noise, route, size_based_grid, straight_through
+from runtime.graph import MSM, SIZE_BASED
 
 COSTS = torch.tensor([0.23, 0.54, 0.90, 1.36])
 

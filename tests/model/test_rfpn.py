@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.ops import MultiScaleRoIAlign, deform_conv2d, roi_align
 
-from dynamask.config import GRIDS, LITE0, R50, Config
+from dynamask.config import LITE0, R50, Config
 from dynamask.deform_conv import DeformConv2d, sampled_deform_conv2d
 from dynamask.fam import FeatureAggregation
 from dynamask.flops import PAPER_GMACS, grid_gmacs, msm_gmacs
@@ -14,6 +14,7 @@ from dynamask.mask_targets import grid_targets
 from dynamask.model import MaskBranch
 from dynamask.rfpn import GridHeads
 from dynamask.roi import pyramid_roi_align
+from runtime.graph import GRIDS
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 8, 14, 14), (0, 4, 6, 6)])

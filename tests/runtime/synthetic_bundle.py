@@ -7,7 +7,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.bundle import Bundle, Manifest, Profile
-from runtime.instances import GRIDS, ClassName
+from runtime.graph import GRIDS
+from runtime.instances import ClassName
 from runtime.targets.base import EngineOutput
 
 SIDE = 64

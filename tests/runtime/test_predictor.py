@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runtime.bundle import Bundle, Profile
 from runtime.errors import InputError
-from runtime.instances import GRIDS
+from runtime.graph import GRIDS
 from runtime.predictor import Predictor, load
 from runtime.preprocess import letterbox_normalise
 from runtime.targets import onnxruntime as target

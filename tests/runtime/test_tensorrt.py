@@ -14,11 +14,11 @@ import pytest
 from runtime.bundle import Bundle, Profile
 from runtime.cuda import Memory
 from runtime.errors import DynaMaskError, InputError
-from runtime.instances import GRIDS
+from runtime.graph import GRIDS, INPUTS, OUTPUTS
 from runtime.predictor import Predictor
 from runtime.targets import base, tensorrt
 from runtime.targets.base import TARGETS, open_engine
-from runtime.targets.tensorrt import ENGINE, INPUTS, OUTPUTS, KernelLauncher, RuntimeCache, Tensor, TensorRTEngine
+from runtime.targets.tensorrt import ENGINE, KernelLauncher, RuntimeCache, Tensor, TensorRTEngine
 from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.operator import Buffer, KernelSpec, Launch

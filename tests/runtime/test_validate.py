@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from runtime.errors import InputError
-from runtime.instances import GRIDS, ClassName, Instances
+from runtime.graph import GRIDS
+from runtime.instances import ClassName, Instances
 from runtime.validate import parse_policy, percentiles, read_coco, validate
 
 GMACS = {14: 0.25, 28: 0.5, 56: 0.75, 112: 1.0}

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from cli import main as command_line
 from dynamask import ablation
 from dynamask.ablation import markdown, read_plan, run_plan
-from dynamask.config import GRIDS
 from dynamask.train import trainer
 from dynamask.train.log import RunLog
 from runtime.errors import InputError
+from runtime.graph import GRIDS
 from tests.tiny import TINY
 
 PLANS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynamask.config import GRIDS, Config, load_config
+from dynamask.config import Config, load_config
 from dynamask.data.shapes import ShapesDataset
 from dynamask.inference import GraphOutput
 from dynamask.train import evaluate as evaluation
+from runtime.graph import GRIDS
 
 GRID = 3
 

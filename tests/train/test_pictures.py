@@ -11,12 +11,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dynamask.config import GRIDS
 from dynamask.data.shapes import ShapesDataset
 from dynamask.model import build_model
 from dynamask.rfpn import GridHeads
 from dynamask.train import pictures, trainer
 from runtime.annotate import GRID_COLORS
+from runtime.graph import GRIDS
 from runtime.instances import ClassName, Instances
 from tests.train.test_trainer import losses, tiny, unjudged  # noqa: F401  (a fixture)
 

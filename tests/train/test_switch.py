@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamask.config import GRIDS, load_config
+from dynamask.config import load_config
 from dynamask.data.augment import TrainingItems
 from dynamask.data.shapes import ShapesDataset
 from dynamask.model import DynaMask, build_model
-from dynamask.msm import MSM, MaskSwitch, route
+from dynamask.msm import MaskSwitch, route
 from dynamask.train.switch import SHARPNESS, WORTH, Lessons, collect_lessons, fit_switch, grid_worths
+from runtime.graph import GRIDS, MSM
 from tests.tiny import TINY
 
 COSTS = torch.tensor([0.1, 0.3, 0.6, 1.0])

@@ -16,11 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 import cli.main
 from cli.bench_kernels import _eager
-from dynamask.config import GRIDS, R50, Config
+from dynamask.config import R50, Config
 from dynamask.inference import RPN_NMS_THRESHOLD
 from dynamask.model import MaskBranch
 from dynamask.rfpn import STAGE_LEVELS
 from runtime.errors import InputError
+from runtime.graph import GRIDS
 from trt_plugins import bench, on_torch
 from trt_plugins.bench import KERNEL, Ceilings, Contender, Work, bench_kernels, deform_conv_work, input_sets, roofline, summary
 from trt_plugins.msm_route import MsmRoute

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from runtime.graph import GRIDS
 from trt_plugins.operator import (
     TRITON_TYPES,
     Attribute,
@@ -20,7 +21,6 @@ from trt_plugins.operator import (
     times,
 )
 
-GRIDS = (14, 28, 56, 112)
 MOST_SLOTS = 2048
 """Of a run: instances that one program is wide enough for."""
 INPUTS = (

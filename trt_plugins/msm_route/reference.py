@@ -8,6 +8,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from runtime.graph import MSM, SIZE_BASED
+
 
 def msm_route(
     logits: Tensor,
@@ -25,9 +27,9 @@ def msm_route(
     areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
     sides = torch.sqrt(areas / float(canvas[0] * canvas[1])).clamp(min=1e-6)
     size_based = torch.floor(4 + torch.log2(sides)).clamp(0, 3).long()
-    routed = routed_grids(torch.log_softmax(logits.float(), -1), override == -1, float(budget), costs)
-    grids = torch.where(override == 4, size_based, routed)
-    grids = torch.where((override >= 0) & (override < 4), override, grids)
+    routed = routed_grids(torch.log_softmax(logits.float(), -1), override == MSM, float(budget), costs)
+    grids = torch.where(override == SIZE_BASED, size_based, routed)
+    grids = torch.where((override >= 0) & (override < SIZE_BASED), override, grids)
     return [torch.full((len(feature) * detections,), -1).scatter(0, slots, grids), *stage_lists(grids, slots)]
 
 
