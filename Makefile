@@ -1,4 +1,4 @@
-# make demo | test | lint | test-gpu | clean. The first call makes .venv with the pinned packages of constraints.txt.
+# make demo | test | lint | docs | test-gpu | clean. The first call makes .venv with the pinned packages of constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,16 +6,17 @@ READY := $(VENV)/.installed
 # Two workers by default: give WORKERS=8 on a larger machine.
 WORKERS ?= 2
 
-.PHONY: demo test lint test-gpu clean
+.PHONY: demo test lint docs test-gpu clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
 help:
 	@echo "make demo      the whole pipeline on generated images: export, engine, video, validation, report (in demo/)"
 	@echo "make test      lint, types and tests"
-	@echo "make lint      lint and types only"
+	@echo "make lint      lint, spelling and types only"
+	@echo "make docs      the documentation as a site (in site/)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
-	@echo "make clean     remove .venv, demo/ and caches"
+	@echo "make clean     remove .venv, demo/, site/ and caches"
 
 # A candidate is run, not only looked for: a version manager's shim may exist and fail.
 $(READY): pyproject.toml constraints.txt
@@ -34,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	echo "Setting up $(VENV) with $$($$python --version): some minutes and a few GB, once." >&2; \
 	rm -f $(READY); \
 	"$$python" -m venv --clear $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,tensorrt-rtx,dev]' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,export,tensorrt-rtx,dev,docs]' && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $(VENV)/stubs tensorrt-stubs && \
 	$(BIN)/python scripts/tensorrt_stubs.py $(VENV)/stubs || { \
 	    echo "The packages could not be installed: the lines above say which; check the network and the free disk space, then run make again." >&2; \
@@ -48,7 +49,11 @@ demo: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
@@ -58,5 +63,5 @@ test-gpu: $(READY)
 	TRITON_INTERPRET=0 $(BIN)/pytest --durations 15 -m gpu
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
