@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as rle
 
+from dynamask.data.boxes import mask_boxes
 from dynamask.data.coco import Array, Layout, Part
-from dynamask.data.shapes import annotation
+from dynamask.data.coco_writer import coco_tree, mask_annotation
 from runtime.errors import InputError
 from runtime.images import read_image
 
@@ -85,11 +85,9 @@ class CityscapesDataset:
         masks = np.zeros((len(values), *pixels.shape), np.uint8)
         for mask, value in zip(masks, values, strict=True):
             mask[:] = pixels == value
-        boxes = np.array(rle.toBbox(rle.encode(np.asfortranarray(masks.transpose(1, 2, 0)))), np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
         target = {
             "image_id": self.image_ids[index],
-            "boxes": boxes,
+            "boxes": mask_boxes(masks),
             "labels": np.array([_LABELS[value // 1000] for value in values], np.int64),
             "masks": masks,
         }
@@ -111,14 +109,9 @@ class CityscapesDataset:
             images.append({"id": image_id, "file_name": f"{self.names[index]}{_IMAGE}", "height": height, "width": width})
             for value in _values(pixels):
                 category = value // 1000 or value
-                fields = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "iscrowd": int(value < 1000)}
-                annotations.append(annotation(_LABELS[category] - 1, pixels == value) | fields)
-        return {
-            "info": {"description": f"Cityscapes, {self.part}"},
-            "images": images,
-            "annotations": annotations,
-            "categories": self.classes,
-        }
+                fields = {"image_id": image_id, "iscrowd": int(value < 1000)}
+                annotations.append(mask_annotation(category, pixels == value) | fields)
+        return coco_tree(images, annotations, self.classes, f"Cityscapes, {self.part}")
 
     def _instance_map(self, index: int) -> Array:
         """The values `[H, W]` of the image's `…_instanceIds.png`, integers."""

@@ -7,20 +7,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
 from dynamask.data import cityscapes
 from dynamask.data.coco import Part
-from dynamask.data.shapes import annotation, categories, draw_image
+from dynamask.data.coco_writer import coco_tree, write_image
+from dynamask.data.shapes import categories, draw_image
+from dynamask.data.shapes.dataset import shape_annotation
 from runtime.errors import InputError
-from runtime.files import unwritable, write_json
+from runtime.files import write_json
 
 Array = npt.NDArray[Any]
 
 IMAGES: dict[Part, int] = {"train": 6, "val": 2}
 HEIGHT, WIDTH = 192, 256
+_DESCRIPTION = "DynaMask miniature"
 _SEEDS: dict[Part, int] = {"train": 1, "val": 2}
 
 
@@ -53,39 +55,30 @@ def _pictures(part: Part) -> Iterator[tuple[int, Array, list[dict[str, Any]]]]:
         yield index, *draw_image(np.random.default_rng([_SEEDS[part], index]), HEIGHT, WIDTH)
 
 
-def _write_picture(path: Path, pixels: Array) -> None:
-    """A file in the format of its suffix: `[H, W, 3] uint8` RGB, or `[H, W] uint16`."""
-    _, encoded = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded.tobytes())
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
 def _write_coco(folder: Path, part: Part) -> None:
     images, annotations = [], []
     for index, picture, objects in _pictures(part):
         name = f"{index + 1:012d}.jpg"
-        _write_picture(folder / f"{part}2017" / name, picture)
+        write_image(folder / f"{part}2017" / name, picture)
         images.append({"id": index + 1, "file_name": name, "height": HEIGHT, "width": WIDTH})
-        annotations += [{"image_id": index + 1, **annotation(thing["label"], thing["mask"])} for thing in objects]
-    write_json(folder / "annotations" / f"instances_{part}2017.json", _tree(images, annotations, categories()))
+        annotations += [shape_annotation(index + 1, thing) for thing in objects]
+    write_json(folder / "annotations" / f"instances_{part}2017.json", coco_tree(images, annotations, categories(), _DESCRIPTION))
 
 
 def _write_lvis(folder: Path, part: Part) -> None:
     """Federated: in every image a third of the classes was not looked for, and of one class only the first instance is annotated."""
     images, annotations = [], []
     for index, picture, objects in _pictures(part):
+        image_id = 1000 * _SEEDS[part] + index
         # In LVIS v1, too, images to judge on stand among COCO's images to learn from.
-        file = f"{'train' if index == 0 else part}2017/{1000 * _SEEDS[part] + index:012d}.jpg"
-        _write_picture(folder / file, picture)
+        file = f"{'train' if index == 0 else part}2017/{image_id:012d}.jpg"
+        write_image(folder / file, picture)
         counts = Counter(thing["label"] + 1 for thing in objects)
         verified = [entry["id"] for entry in categories() if (entry["id"] + index) % 3]
         partial = [category for category in verified if counts[category] > 1][:1]
         images.append(
             {
-                "id": 1000 * _SEEDS[part] + index,
+                "id": image_id,
                 "coco_url": f"http://images.cocodataset.org/{file}",
                 "height": HEIGHT,
                 "width": WIDTH,
@@ -97,15 +90,10 @@ def _write_lvis(folder: Path, part: Part) -> None:
         for thing in objects:
             category = thing["label"] + 1
             if category in verified and not (category in partial and category in seen):
-                annotations.append({"image_id": images[-1]["id"], **annotation(thing["label"], thing["mask"])})
+                annotations.append(shape_annotation(image_id, thing))
             seen.add(category)
     classes = [{**entry, "frequency": "rcf"[entry["id"] % 3]} for entry in categories()]
-    write_json(folder / "annotations" / f"lvis_v1_{part}.json", _tree(images, annotations, classes))
-
-
-def _tree(images: list[dict[str, Any]], annotations: list[dict[str, Any]], classes: list[dict[str, Any]]) -> dict[str, Any]:
-    numbered = [{**entry, "id": i + 1} for i, entry in enumerate(annotations)]
-    return {"info": {"description": "DynaMask miniature"}, "images": images, "annotations": numbered, "categories": classes}
+    write_json(folder / "annotations" / f"lvis_v1_{part}.json", coco_tree(images, annotations, classes, _DESCRIPTION))
 
 
 def _write_cityscapes(folder: Path, part: Part) -> None:
@@ -117,8 +105,8 @@ def _write_cityscapes(folder: Path, part: Part) -> None:
             category = ids[(thing["label"] + index) % len(ids)]
             pixels[thing["mask"]] = category if i == len(objects) - 1 else category * 1000 + i
         name = f"miniature/miniature_000000_{index:06d}"
-        _write_picture(folder / "leftImg8bit" / part / f"{name}_leftImg8bit.png", picture)
-        _write_picture(folder / "gtFine" / part / f"{name}_gtFine_instanceIds.png", pixels)
+        write_image(folder / "leftImg8bit" / part / f"{name}_leftImg8bit.png", picture)
+        write_image(folder / "gtFine" / part / f"{name}_gtFine_instanceIds.png", pixels)
 
 
 _WRITERS: dict[str, Callable[[Path, Part], None]] = {"coco": _write_coco, "lvis": _write_lvis, "cityscapes": _write_cityscapes}
