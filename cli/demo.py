@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Json
+from cli.options import Json, Threads
 
 if TYPE_CHECKING:
     from runtime.predictor import Predictor
@@ -19,44 +19,51 @@ if TYPE_CHECKING:
 IMAGES = 40
 FRAMES = 100
 SEED = 9_000_001
-"""Far from the seeds of the shapes that the carried model learnt and was judged on."""
-POLICIES = ("routed", "routed@50%", "uniform-14", "uniform-28", "uniform-56", "uniform-112", "size-based")
+"""Far from the seeds of the shapes that the carried model was trained and validated on."""
 PARITY_IMAGES = 2
 PICTURES = 4
 """Annotated images in the report."""
 
 CHECKPOINT = "lite0-shapes.safetensors"
 MARK = ".dynamask-demo"
-"""Marks a folder as the demo's own, whose files a later demo may replace."""
+"""A file of this name marks a folder as the demo's own: a later demo may replace its files."""
 PRODUCTS = ("shapes", "bundle", "video.mp4", "video.json", "annotated.mp4", "detections.jsonl", "validation.json", "report.html")
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="The folder to write; an earlier demo's files in it are replaced.")] = Path("demo"),
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Write all files here; the files of an earlier demo are replaced.")] = Path(
+        "demo"
+    ),
+    threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """Run the whole pipeline on what the package carries: export, engine, video, validation, report.
+    """Run the whole pipeline on generated images: export, engine, video, validation, report.
 
-    Takes one to three minutes on two cores, and says where to look.
+    The model comes with the package: it segments drawn shapes. The demo takes one to three minutes on two cores, and prints where its
+    results are.
 
     Example: dynamask demo --output demo
     """
     from runtime.files import write_json
 
-    result = run_demo(output)
+    result = run_demo(output, threads)
     if json is not None:
         write_json(json, result)
     _print(result)
 
 
-def run_demo(output: Path) -> dict[str, Any]:
-    """Draw shapes that the carried model has not seen, export it, build its engine, stream a video, validate, report; all in `output`.
+def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
+    """Draw shapes that the carried model has not seen, export the model, build its engine, stream a video, validate, write a report.
+
+    Args:
+        output: the folder for all files.
+        threads: CPU threads of the engine; None takes all cores.
 
     Returns:
         `paths`, `seconds` by step, `export` (parity with PyTorch), `stream` and `policies` (as `validate` returns them).
 
     Raises:
-        InputError: `output` is not a folder, or holds something else than an earlier demo.
+        InputError: `output` is not a folder, or holds files that no demo wrote.
         DynaMaskError: the package lacks its checkpoint, or a step failed.
     """
     from dynamask.data.shapes import write_dataset, write_video
@@ -66,7 +73,7 @@ def run_demo(output: Path) -> dict[str, Any]:
     from runtime.predictor import load
     from runtime.report import example_pictures, write_report
     from runtime.targets.onnxruntime import build
-    from runtime.validate import read_coco, validate
+    from runtime.validate import POLICIES, read_coco, validate
 
     checkpoint = carried_checkpoint()
     clear(output)
@@ -74,16 +81,16 @@ def run_demo(output: Path) -> dict[str, Any]:
     data, bundle, video = output / "shapes", output / "bundle", output / "video.mp4"
     with _step(f"Drawing {IMAGES} images of shapes the model has not seen", "images", seconds):
         write_dataset(data, IMAGES, SEED)
-    with _step(f"Filming {FRAMES} frames of shapes in motion", "video", seconds):
+    with _step(f"Drawing a video of {FRAMES} frames of shapes in motion", "video", seconds):
         write_video(video, FRAMES, SEED)
-    with _step("Exporting the carried lite0 to ONNX, compared with PyTorch", "export", seconds):
+    with _step("Exporting the model (lite0) to ONNX, compared with PyTorch", "export", seconds):
         exported = export_bundle(checkpoint, bundle, None, sorted((data / "images").iterdir())[:PARITY_IMAGES])
     with _step("Building the ONNX Runtime engine", "engine", seconds):
         build(Bundle.open(bundle))
-    with load(bundle, target="onnxruntime") as predictor:
-        with _step("Streaming the video: decode, segment, draw, encode", "stream", seconds):
+    with load(bundle, "onnxruntime", threads=threads) as predictor:
+        with _step("Streaming the video: decoding, segmenting, drawing, encoding", "stream", seconds):
             streamed = _stream(predictor, video, output)
-        with _step(f"Validating {len(POLICIES)} ways to choose the mask grid", "validation", seconds):
+        with _step(f"Validating {len(POLICIES)} grid policies", "validation", seconds):
             dataset = read_coco(data)
             validation = validate(predictor, dataset, POLICIES)
         with _step("Writing the report", "report", seconds):
@@ -104,15 +111,17 @@ def carried_checkpoint() -> Path:
 
     path = Path(dynamask.__path__[0]) / "assets" / CHECKPOINT
     if not path.is_file():
-        raise DynaMaskError(f"{path} is missing, so there is no model to show: install the package again or train one (docs/training.md).")
+        raise DynaMaskError(
+            f"{path} is missing, so there is no model to demonstrate: install the package again or train one (docs/training.md)."
+        )
     return path
 
 
 def clear(output: Path) -> None:
-    """Make `output` an empty folder of the demo's; what an earlier demo wrote goes, other files stay.
+    """Prepare `output` for the demo: the files of an earlier demo are removed, other files stay.
 
     Raises:
-        InputError: it is not a folder, or holds something and is not an earlier demo's.
+        InputError: it is not a folder, or holds files that no demo wrote.
         DynaMaskError: it cannot be written.
     """
     from runtime.errors import InputError
@@ -155,7 +164,7 @@ def _stream(predictor: Predictor, video: Path, output: Path) -> dict[str, Any]:
 
     source = open_source(video)
     sinks = [VideoSink(output / "annotated.mp4", source.frame_rate), JsonLinesSink(output / "detections.jsonl")]
-    return run_stream(predictor, source, sinks, score=0.3).to_dict()
+    return run_stream(predictor, source, sinks).to_dict()
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -164,24 +173,24 @@ def _print(result: dict[str, Any]) -> None:
 
     console = Console(markup=False, highlight=False)
     table = Table()
-    for column in ("grids", "mask AP", "boundary AP", "GMAC per instance", "mask branch ms", "image ms"):
-        table.add_column(column, justify="left" if column == "grids" else "right")
+    for column in ("policy", "mask AP", "boundary AP", "GMAC per instance", "mask branch ms", "image ms"):
+        table.add_column(column, justify="left" if column == "policy" else "right")
     for name, policy in result["policies"].items():
         latency = policy["latency_ms"]
         figures = (policy["segm"]["AP"], policy["boundary"]["AP"], policy["gmacs"], latency["masks"]["p50"], latency["total"]["p50"])
         table.add_row(name, *(_figure(value, 4 if i == 2 else 1) for i, value in enumerate(figures)))
     console.print(table)
     stream, paths = result["stream"], result["paths"]
-    console.print(f"video: {stream['frames']} frames at {stream['fps']:.1f} frames a second")
+    console.print(f"video: {stream['frames']} frames, {stream['fps']:.1f} frames/s")
     console.print(f"all steps: {sum(result['seconds'].values()):.0f} s")
     console.print("Look at:", style="bold")
-    for name, what in (
-        ("report.html", "accuracy and latency together, in a browser"),
-        ("annotated.mp4", "masks coloured by the grid each instance got"),
-        ("detections.jsonl", "the same as data, a line a frame"),
-        ("bundle", "the model: dynamask predict, stream and validate run it"),
+    for name, description in (
+        ("report.html", "accuracy and latency of each policy; open it in a browser"),
+        ("annotated.mp4", "the video with masks, coloured by the grid of each instance"),
+        ("detections.jsonl", "the detections of the video, one line of JSON per frame"),
+        ("bundle", "the exported model, for dynamask predict, stream and validate"),
     ):
-        console.print(f"  {paths[name]}  {what}", soft_wrap=True)
+        console.print(f"  {paths[name]}  {description}", soft_wrap=True)
 
 
 def _figure(value: float | None, digits: int) -> str:

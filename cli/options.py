@@ -1,11 +1,17 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+
+POLICIES_HELP = (
+    "routed: the model chooses each instance's grid. routed@50%: it chooses within a mean cost of 50 % of the largest grid's. "
+    "routed@0.6gmac: within a mean cost of 0.6 GMAC per instance. uniform-14, uniform-28, uniform-56, uniform-112: that grid for all. "
+    "size-based: the size of the box decides."
+)
 
 
 def check_file(path: Path | None) -> Path | None:
@@ -24,5 +30,16 @@ def check_file(path: Path | None) -> Path | None:
     return path
 
 
-Json = Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write the result here.", callback=check_file)]  # noqa: UP045
-"""`--json`"""
+BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model: a folder that dynamask export wrote.")]
+Target = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|onnxruntime|tensorrt-rtx|tensorrt",
+        help="The engine that runs; auto takes the best one that is built and runs on this machine.",
+    ),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine; all cores by default.")]
+Grid = Annotated[str, typer.Option(metavar="POLICY", help=f"How mask grids are chosen. {POLICIES_HELP}")]
+Score = Annotated[float, typer.Option(min=0, max=1, help="Leave out instances with this score or less.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Take only the first N images, or frames of each source.")]
+Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result here as JSON.", callback=check_file)]

@@ -4,71 +4,61 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import check_file
+from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from runtime.bundle import Bundle
     from runtime.instances import Instances
-    from runtime.predictor import Predictor
-
-
-class Grid(str, Enum):
-    """Who chooses the mask grid."""
-
-    routed = "routed"
-    tiny = "14"
-    small = "28"
-    medium = "56"
-    large = "112"
-    size_based = "size-based"
-
-
-_OVERRIDES = {Grid.routed: -1, Grid.tiny: 0, Grid.small: 1, Grid.medium: 2, Grid.large: 3, Grid.size_based: 4}
 
 
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="The folder that dynamask export wrote.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
-    budget: Annotated[Optional[float], typer.Option(help="Mean GMAC per instance to keep to.")] = None,  # noqa: UP045
-    grid: Annotated[Grid, typer.Option(help="The model chooses each instance's mask grid, or this one for all, or by size.")] = Grid.routed,
-    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out instances that score this or less.")] = 0.3,
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine.")] = None,  # noqa: UP045
-    output: Annotated[Optional[Path], typer.Option(help="Folder for annotated pictures.")] = None,  # noqa: UP045
-    json: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Write the detections here, masks as COCO run-lengths.", callback=check_file),
+    bundle: BundleFolder,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write annotated images here, as PNG."),
     ] = None,
+    grid: Grid = "routed",
+    score: Score = 0.3,
+    limit: Limit = None,
+    target: Target = "auto",
+    threads: Threads = None,
+    json: Json = None,
 ) -> None:
-    """Find the instances in images; an image that cannot be read is named, and the others still run.
+    """Find the instances in images: boxes, classes, masks and the grid of each mask.
 
-    Example: dynamask predict lite0.bundle *.jpg --output pictures --json detections.json
+    An image that cannot be read is named, and the others still run. A budget (routed@...) is kept within each image. The result of
+    --json has the masks as COCO run-length encodings.
+
+    Example: dynamask predict lite0.bundle photos --output annotated --json detections.json
     """
+    from runtime.bundle import Bundle
     from runtime.errors import InputError
     from runtime.files import check_apart, check_folder, write_json
+    from runtime.policies import parse_policy
     from runtime.predictor import load
 
-    pictures = [] if output is None else [_picture(output, path, number, images) for number, path in enumerate(images)]
-    check_apart([*pictures, *([] if json is None else [json])], images)
+    files = _image_files(images)[:limit]
+    pictures = [] if output is None else [_picture(output, path, number, files) for number, path in enumerate(files)]
+    check_apart([*pictures, *([] if json is None else [json])], files)
     if output is not None:
         check_folder(output)
-    if budget is not None and grid is not Grid.routed:
-        chosen = f"--grid {grid.value}"
-        raise InputError(f"--budget {budget} is for --grid routed, and {chosen} leaves it nothing to choose; give one of the two.")
+    opened = Bundle.open(bundle)
+    policy = parse_policy(grid, opened.manifest.grid_gmacs)
     records: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
-    with load(bundle, target, budget, threads) as predictor:
-        readable = _read(images, failures)
+    with load(opened, target, policy.budget_gmacs, threads) as predictor:
+        readable = _read(files, failures)
         while group := list(itertools.islice(readable, predictor.engine.profile.batch[-1])):
-            found = predictor.batch([image for *_, image in group], grid_override=_OVERRIDES[grid], min_score=score)
+            found = predictor.batch([image for *_, image in group], grid_override=policy.grid_override, min_score=score)
             for (number, path, image), instances in zip(group, found, strict=True):
                 records.append(_record(number, path, instances))
                 if output is not None:
@@ -76,13 +66,24 @@ def predict(
                 typer.echo(_sentence(path, instances))
         result = {"bundle": str(bundle), "target": predictor.engine.target, "images": records, "failures": failures}
     if json is not None:
-        write_json(json, result | {"classes": _classes(predictor)})
+        write_json(json, result | {"classes": _classes(opened)})
     if failures:
         raise typer.Exit(InputError.exit_status)
 
 
+def _image_files(paths: list[Path]) -> list[Path]:
+    """The files, and the image files in the folders.
+
+    Raises:
+        InputError: a folder holds no image.
+    """
+    from runtime.sources import image_files
+
+    return [file for path in paths for file in (image_files(path) if path.is_dir() else [path])]
+
+
 def _read(paths: list[Path], failures: list[dict[str, str]]) -> Iterator[tuple[int, Path, npt.NDArray[np.uint8]]]:
-    """Number, path and image `[H, W, 3]` of those that can be read; the others are named, and added to `failures`."""
+    """Number, path and image `[H, W, 3] uint8` of the files that can be read; the others are named, and added to `failures`."""
     from runtime.errors import InputError
     from runtime.images import read_image
 
@@ -108,8 +109,8 @@ def _record(number: int, path: Path, instances: Instances) -> dict[str, Any]:
     }
 
 
-def _classes(predictor: Predictor) -> list[dict[str, Any]]:
-    return [{"id": entry.id, "name": entry.name} for entry in predictor.bundle.manifest.classes]
+def _classes(bundle: Bundle) -> list[dict[str, Any]]:
+    return [{"id": entry.id, "name": entry.name} for entry in bundle.manifest.classes]
 
 
 def _picture(folder: Path, path: Path, number: int, images: list[Path]) -> Path:

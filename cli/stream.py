@@ -1,4 +1,4 @@
-"""`dynamask stream`."""
+"""`dynamask stream`: videos in, annotated videos and detections out."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Json
+from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads
 
 if TYPE_CHECKING:
+    from runtime.policies import Policy
     from runtime.predictor import Predictor
     from runtime.sinks import Sink
     from runtime.sources import Source
@@ -17,46 +18,54 @@ if TYPE_CHECKING:
 
 
 def stream(
-    bundle: Annotated[Path, typer.Argument(help="The bundle, as dynamask export wrote it.")],
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="Video files or folders of images, one after another.")],
+    bundle: BundleFolder,
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="Videos, images or folders of images; each is a stream of its own.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.mp4", help="Annotated video; without any output given: SOURCE-dynamask.mp4 in the current folder."),
+        typer.Option(
+            metavar="FILE.mp4|FOLDER",
+            help="Write the annotated video here. Without any of the three outputs: SOURCE-dynamask.mp4 in the current folder.",
+        ),
     ] = None,
-    jsonl: Annotated[Path | None, typer.Option(metavar="FILE", help="One JSON line a frame: boxes, classes, grids, masks as RLE.")] = None,
-    frames_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Annotated frames as JPEG.")] = None,
-    target: Annotated[
-        str, typer.Option(help="The engine to run: auto (the best that is built and can run here), tensorrt-rtx, tensorrt, onnxruntime.")
-    ] = "auto",
-    budget: Annotated[float | None, typer.Option(help="Mean GMAC per instance to keep to, over the stream.")] = None,
-    grid: Annotated[
-        str, typer.Option(help="routed, routed@50% (of the largest grid), uniform-14, -28, -56, -112 or size-based.")
-    ] = "routed",
-    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out instances that score this or less.")] = 0.3,
-    limit: Annotated[int | None, typer.Option(min=1, help="End after this many frames of each source.")] = None,
+    jsonl: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write one line of JSON per frame here: boxes, classes, grids, masks as COCO run-length encodings."
+        ),
+    ] = None,
+    frames_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write the annotated frames here, as JPEG."),
+    ] = None,
+    grid: Grid = "routed",
+    score: Score = 0.3,
+    limit: Limit = None,
+    target: Target = "auto",
+    threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """Run a bundle on video: masks, labels and each instance's grid drawn in, and written as JSON lines.
+    """Find the instances in videos: an annotated video, and the detections as lines of JSON.
 
-    With several sources, --output, --jsonl and --frames-dir name folders, with one file (or folder) for each source in them.
+    A budget (routed@...) is kept over the whole stream. With several sources, --output, --jsonl and --frames-dir are folders, and each
+    source gets a file (or folder) in them. Ctrl-C ends the stream and finishes the files.
 
     Example: dynamask stream lite0.bundle video.mp4 --output annotated.mp4 --jsonl detections.jsonl
     """
     from runtime.bundle import Bundle
-    from runtime.errors import INTERRUPTED, InputError
+    from runtime.errors import INTERRUPTED
     from runtime.files import write_json
+    from runtime.policies import parse_policy
     from runtime.predictor import load
-    from runtime.validate import parse_policy
 
     plans = plan_outputs(sources, output, jsonl, frames_dir, json)
     opened = Bundle.open(bundle)
     policy = parse_policy(grid, opened.manifest.grid_gmacs)
-    if budget is not None and grid != "routed":
-        raise InputError(f"--budget {budget} is for --grid routed, and --grid {grid} leaves it nothing to choose; give one of the two.")
-    with load(opened, target, policy.budget or budget) as predictor:
+    with load(opened, target, threads=threads) as predictor:
         results = []
         for source, outputs in zip(sources, plans, strict=True):
-            results.append(_run(predictor, source, outputs, score, limit, policy.grid_override))
+            results.append(_run(predictor, source, outputs, policy, score, limit))
             if results[-1]["interrupted"]:
                 break
     if json is not None:
@@ -68,30 +77,37 @@ def stream(
 def plan_outputs(
     sources: list[Path], output: Path | None, jsonl: Path | None, frames_dir: Path | None, json: Path | None = None
 ) -> list[dict[str, Path]]:
-    """What each source writes: `video`, `jsonl`, `frames` -> path.
+    """The outputs of each source: `video`, `jsonl`, `frames` -> path.
 
     Raises:
-        InputError: a source does not exist or is an output as well, or two outputs are one file.
+        InputError: a source does not exist or is an output as well, two outputs are one file, or one file is given for several sources.
     """
     from runtime.errors import InputError
     from runtime.files import check_apart, check_folder
 
-    names = _unique_names(sources)
-    if len(sources) == 1:
-        given = {"video": output, "jsonl": jsonl, "frames": frames_dir}
-        plans = [{kind: path for kind, path in given.items() if path is not None}]
-    else:
-        folders = {"video": (output, ".mp4"), "jsonl": (jsonl, ".jsonl"), "frames": (frames_dir, "")}
-        plans = [{kind: folder / f"{name}{suffix}" for kind, (folder, suffix) in folders.items() if folder is not None} for name in names]
-    for source, name, plan in zip(sources, names, plans, strict=True):
-        if not plan:
-            plan["video"] = Path(f"{name}-dynamask.mp4")
+    given = {"video": output, "jsonl": jsonl, "frames": frames_dir}
+    plans: list[dict[str, Path]] = []
+    for source, name in zip(sources, _unique_names(sources), strict=True):
         if not source.exists():
             raise InputError(f"{source} does not exist; give a video file or a folder of images.")
-        for kind, path in plan.items():
+        plan = {kind: _place(kind, path, name, len(sources)) for kind, path in given.items() if path is not None}
+        plans.append(plan or {"video": Path(f"{name}-dynamask.mp4")})
+        for kind, path in plans[-1].items():
             check_folder(path if kind == "frames" else path.parent)
     check_apart([*(path for plan in plans for path in plan.values()), *([] if json is None else [json])], sources)
     return plans
+
+
+def _place(kind: str, path: Path, name: str, sources: int) -> Path:
+    """Where the output of one of several sources goes: `path` itself, or a file or folder of the source's name in it."""
+    from runtime.errors import InputError
+
+    suffix = {"video": ".mp4", "jsonl": ".jsonl", "frames": ""}[kind]
+    if sources > 1:
+        if suffix and path.suffix.lower() == suffix and not path.is_dir():
+            raise InputError(f"{path} is one file, and there are {sources} sources; give a folder.")
+        return path / f"{name}{suffix}"
+    return path / f"{name}{suffix}" if kind == "video" and (path.is_dir() or not path.suffix) else path
 
 
 def _unique_names(sources: list[Path]) -> list[str]:
@@ -100,7 +116,7 @@ def _unique_names(sources: list[Path]) -> list[str]:
     return [stem if stems.count(stem) == 1 else f"{stem}-{i + 1}" for i, stem in enumerate(stems)]
 
 
-def _run(predictor: Predictor, path: Path, outputs: dict[str, Path], score: float, limit: int | None, grid_override: int) -> dict[str, Any]:
+def _run(predictor: Predictor, path: Path, outputs: dict[str, Path], policy: Policy, score: float, limit: int | None) -> dict[str, Any]:
     from runtime.sources import open_source
     from runtime.stream import run_stream
 
@@ -109,7 +125,7 @@ def _run(predictor: Predictor, path: Path, outputs: dict[str, Path], score: floa
         total = min(filter(None, (limit, source.frame_count)), default=None)
         with _progress() as progress:
             task = progress.add_task(path.name, total=total)
-            report = run_stream(predictor, source, sinks, score, limit, lambda done: progress.update(task, completed=done), grid_override)
+            report = run_stream(predictor, source, sinks, policy, score, limit, lambda done: progress.update(task, completed=done))
     _print(path, outputs, report)
     return {"source": str(path), "outputs": {kind: str(place) for kind, place in outputs.items()}, **report.to_dict()}
 
@@ -128,7 +144,7 @@ def _open_sinks(source: Source, outputs: dict[str, Path]) -> list[Sink]:
 
 
 def _progress() -> Any:
-    """A bar on standard error with frames, frames a second and time left."""
+    """A progress bar on standard error: frames, frames per second, time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -136,7 +152,7 @@ def _progress() -> Any:
     class FramesPerSecond(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("– fps" if speed is None else f"{speed:.1f} fps")
+            return Text("– frames/s" if speed is None else f"{speed:.1f} frames/s")
 
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -152,20 +168,22 @@ def _print(path: Path, outputs: dict[str, Path], report: StreamReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from runtime.statistics import QUANTILES
+
     console = Console(markup=False, highlight=False, soft_wrap=True)
     ended = " (interrupted)" if report.interrupted else ""
-    console.print(f"{path}: {report.frames} frames in {report.seconds:.1f} s, {report.fps:.1f} fps{ended}")
+    console.print(f"{path}: {report.frames} frames in {report.seconds:.1f} s, {report.fps:.1f} frames/s{ended}")
     if report.missing:
-        console.print(f"the source is truncated: {report.missing} of the frames it announces are missing")
+        console.print(f"the source is truncated: it announces {report.missing} more frames than it holds")
     if report.broken:
         console.print(f"{report.broken} frames could not be decoded and were left out")
     if report.gmacs is not None:
-        shares = "  ".join(f"{grid}: {share:.0%}" for grid, share in report.share.items())
-        console.print(f"{report.instances} instances at {report.gmacs:.3f} GMAC on average; {shares}")
-    console.print(f"peak memory {report.peak_rss_mb:.0f} MB")
-    table = Table("ms", "p50", "p95", "p99")
+        shares = ", ".join(f"{share:.0%} at {grid}" for grid, share in report.share.items())
+        console.print(f"{report.instances} instances, {report.gmacs:.3f} GMAC per instance; grids: {shares}")
+    console.print(f"peak memory: {report.peak_rss_mb:.0f} MB")
+    table = Table("latency, ms", *QUANTILES)
     for part, values in report.latency_ms.items():
-        table.add_row(part, *(f"{values[q]:.1f}" for q in ("p50", "p95", "p99")))
+        table.add_row(part, *(f"{values[quantile]:.1f}" for quantile in QUANTILES))
     console.print(table)
     for place in outputs.values():
         console.print(str(place))

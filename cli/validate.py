@@ -1,46 +1,52 @@
-"""`dynamask validate`."""
+"""`dynamask validate`: accuracy and latency on a COCO data set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Json, check_file
+from cli.options import POLICIES_HELP, BundleFolder, Json, Limit, Target, Threads, check_file
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-POLICIES = "routed,routed@50%,uniform-14,uniform-28,uniform-56,uniform-112,size-based"
 PICTURES = 6
 """Annotated images in the report."""
 
 
 def validate(
-    bundle: Annotated[Path, typer.Argument(help="The bundle to judge.")],
-    data: Annotated[Path, typer.Option(help="A folder with instances.json and images/, or a COCO annotation file.")],
-    images: Annotated[Optional[Path], typer.Option(help="The folder of the annotation file's images.")] = None,  # noqa: UP045
+    bundle: BundleFolder,
+    data: Annotated[
+        Path, typer.Option(metavar="FOLDER|FILE", help="A folder with instances.json and images/, or a file of COCO annotations.")
+    ],
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The folder of images; by default images/ beside the annotations."),
+    ] = None,
     grid: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="A,B,…",
-            help="How grids are chosen: routed, routed@50% (of the largest grid's cost), routed@0.6 (GMAC), uniform-28, size-based.",
+            metavar="POLICY,...",
+            help=f"The ways to choose mask grids that are compared. {POLICIES_HELP} By default all of these, but one budget: routed@50%.",
         ),
-    ] = POLICIES,
-    limit: Annotated[Optional[int], typer.Option(help="Take only the first so many images.")] = None,  # noqa: UP045
-    target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine.")] = None,  # noqa: UP045
+    ] = None,
+    limit: Limit = None,
+    target: Target = "auto",
+    threads: Threads = None,
     json: Json = None,
     report: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE.html", help="Write an HTML report here: curves, tables, pictures.", callback=check_file),
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write an HTML report here: charts, tables, annotated images.", callback=check_file),
     ] = None,
 ) -> None:
-    """Judge a bundle by accuracy and latency together, each way of choosing grids side by side.
+    """Measure accuracy and latency of a bundle on a COCO data set, for several ways to choose mask grids.
 
-    Example: dynamask validate lite0.bundle --data shapes --report report.html
+    All of them run on each image in turn, so that their figures can be compared. A budget (routed@...) is kept over all images.
+
+    Example: dynamask validate lite0.bundle --data shapes --grid routed,routed@50%,uniform-112 --report report.html
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -48,16 +54,18 @@ def validate(
     from runtime import report as reports
     from runtime.files import check_apart, write_json
     from runtime.predictor import load
-    from runtime.validate import read_coco
-    from runtime.validate import validate as judge
+    from runtime.validate import POLICIES, read_coco
+    from runtime.validate import validate as run_validation
 
     check_apart([path for path in (json, report) if path is not None], [data])
     dataset = read_coco(data, images)
-    policies = [name.strip() for name in grid.split(",") if name.strip()]
+    policies = POLICIES if grid is None else [name.strip() for name in grid.split(",") if name.strip()]
     with load(bundle, target, threads=threads) as predictor:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("validating", total=None)
-            result = judge(predictor, dataset, policies, limit, lambda done, total: progress.update(task, completed=done, total=total))
+            result = run_validation(
+                predictor, dataset, policies, limit, lambda done, total: progress.update(task, completed=done, total=total)
+            )
         _print(result)
         if json is not None:
             write_json(json, result)
@@ -70,18 +78,22 @@ def validate(
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from runtime.validate import PARTS
+    from runtime.statistics import LATENCIES
 
     console = Console(markup=False, highlight=False)
     policies = result["policies"]
-    accuracy = ("GMAC", "AP", "AP50", "AP75", "S", "M", "L", "box", "bound.")
+    accuracy = ("GMAC", "AP", "AP50", "AP75", "AP S", "AP M", "AP L", "box AP", "boundary AP")
     console.print(f"{result['dataset']['images']} images of {result['dataset']['name']}", soft_wrap=True)
     console.print(
-        _table("accuracy: mask AP, box AP, boundary AP", accuracy, {name: _accuracy(policy) for name, policy in policies.items()})
+        _table(
+            "mean GMAC per instance; mask AP, box AP, boundary AP (x 100)",
+            accuracy,
+            {name: _accuracy(policy) for name, policy in policies.items()},
+        )
     )
     shares = {name: ["/".join(f"{100 * share:.0f}" for share in policy["share"].values())] for name, policy in policies.items()}
-    console.print(_table("share of grids, %", ("14/28/56/112",), shares))
-    console.print(_table("latency, ms", ("", *PARTS, "total"), {name: _latency(policy) for name, policy in policies.items()}))
+    console.print(_table("share of instances at each grid, %", ("14/28/56/112",), shares))
+    console.print(_table("latency per image, ms", ("", *LATENCIES), {name: _latency(policy) for name, policy in policies.items()}))
     for item in result["skipped"]:
         console.print(f"skipped {item['image']}: {item['reason']}", soft_wrap=True)
     for reason, count in result["dataset"]["annotations_left_out"].items():
@@ -109,9 +121,8 @@ def _accuracy(policy: dict[str, Any]) -> list[str]:
 
 
 def _latency(policy: dict[str, Any]) -> list[str]:
-    """A cell per part, each of three lines: p50, p95, p99."""
-    from runtime.validate import PARTS
+    """A cell for each part, of three lines: p50, p95, p99."""
+    from runtime.statistics import LATENCIES, QUANTILES
 
-    quantiles = ("p50", "p95", "p99")
-    parts = ["\n".join(f"{policy['latency_ms'][part][quantile]:.1f}" for quantile in quantiles) for part in (*PARTS, "total")]
-    return ["\n".join(quantiles), *parts]
+    parts = ["\n".join(f"{policy['latency_ms'][part][quantile]:.1f}" for quantile in QUANTILES) for part in LATENCIES]
+    return ["\n".join(QUANTILES), *parts]

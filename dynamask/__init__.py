@@ -1,8 +1,8 @@
-"""Instance segmentation in which every instance pays only for the mask resolution it needs.
+"""Instance segmentation in which the mask of each instance gets the resolution that it needs.
 
-The public names come when they are first used, so that importing the package loads neither PyTorch nor an engine:
+The public names are imported at their first use: importing the package loads neither PyTorch nor an engine.
 
-    predictor = dynamask.load("lite0.bundle")       # runtime only: works where PyTorch is not installed
+    predictor = dynamask.load("lite0.bundle")       # works where PyTorch is not installed
     instances = predictor(dynamask.read_image("photo.jpg"))
     model = dynamask.build_model(dynamask.load_config("lite0-shapes"), classes=[{"id": 1, "name": "leaf"}])   # the `train` extra
 """
@@ -19,47 +19,65 @@ if TYPE_CHECKING:
     from runtime.errors import DynaMaskError, InputError
     from runtime.images import read_image
     from runtime.instances import Instances
+    from runtime.policies import Policy
     from runtime.predictor import Predictor, load
+    from runtime.sinks import FolderSink, JsonLinesSink, VideoSink
+    from runtime.sources import open_source
+    from runtime.stream import StreamReport
     from runtime.stream import run_stream as stream
-    from runtime.validate import validate
+    from runtime.validate import read_coco, validate
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Bundle": ("runtime.bundle", "Bundle"),
+    "DynaMask": ("dynamask.model", "DynaMask"),
+    "DynaMaskError": ("runtime.errors", "DynaMaskError"),
+    "FolderSink": ("runtime.sinks", "FolderSink"),
+    "InputError": ("runtime.errors", "InputError"),
+    "Instances": ("runtime.instances", "Instances"),
+    "JsonLinesSink": ("runtime.sinks", "JsonLinesSink"),
+    "ModelConfig": ("dynamask.config", "ModelConfig"),
+    "PRESETS": ("dynamask.config", "PRESETS"),
+    "Policy": ("runtime.policies", "Policy"),
+    "Predictor": ("runtime.predictor", "Predictor"),
+    "StreamReport": ("runtime.stream", "StreamReport"),
+    "VideoSink": ("runtime.sinks", "VideoSink"),
+    "build_model": ("dynamask.model", "build_model"),
+    "load": ("runtime.predictor", "load"),
+    "load_config": ("dynamask.config", "load_config"),
+    "open_source": ("runtime.sources", "open_source"),
+    "read_coco": ("runtime.validate", "read_coco"),
+    "read_image": ("runtime.images", "read_image"),
+    "stream": ("runtime.stream", "run_stream"),
+    "validate": ("runtime.validate", "validate"),
+}
+"""Public name -> (module, name in it)."""
 
 __all__ = [
     "PRESETS",
     "Bundle",
     "DynaMask",
     "DynaMaskError",
+    "FolderSink",
     "InputError",
     "Instances",
+    "JsonLinesSink",
     "ModelConfig",
+    "Policy",
     "Predictor",
+    "StreamReport",
+    "VideoSink",
     "__version__",
     "build_model",
     "load",
     "load_config",
+    "open_source",
+    "read_coco",
     "read_image",
     "stream",
     "validate",
 ]
-
-_HOMES = {
-    "Bundle": ("runtime.bundle", "Bundle"),
-    "DynaMask": ("dynamask.model", "DynaMask"),
-    "DynaMaskError": ("runtime.errors", "DynaMaskError"),
-    "InputError": ("runtime.errors", "InputError"),
-    "Instances": ("runtime.instances", "Instances"),
-    "ModelConfig": ("dynamask.config", "ModelConfig"),
-    "PRESETS": ("dynamask.config", "PRESETS"),
-    "Predictor": ("runtime.predictor", "Predictor"),
-    "build_model": ("dynamask.model", "build_model"),
-    "load": ("runtime.predictor", "load"),
-    "load_config": ("dynamask.config", "load_config"),
-    "read_image": ("runtime.images", "read_image"),
-    "stream": ("runtime.stream", "run_stream"),
-    "validate": ("runtime.validate", "validate"),
-}
-"""Public name -> (module, name in it)."""
 
 
 def __getattr__(name: str) -> Any:

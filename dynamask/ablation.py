@@ -23,7 +23,7 @@ from dynamask.train.trainer import train, validation_set
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, sha256, write_json
 from runtime.graph import GRIDS
-from runtime.validate import parse_policy
+from runtime.policies import parse_policy
 
 WITHOUT_EFFECT = frozenset(
     {"data.workers", *(f"train.{name}" for name in ("threads", "checkpoint_every", "evaluate_every", "evaluate_images", "pictures"))}
@@ -45,7 +45,7 @@ class Row(_Strict):
     source: str | None = Field(default=None, alias="from")
     """The row whose checkpoints are judged; None trains."""
     policies: tuple[str, ...] = ()
-    """How grids are chosen (`runtime.validate.parse_policy`); empty for `routed`, and for a Mask R-CNN head's own grid."""
+    """How grids are chosen (`runtime.policies.parse_policy`); empty for `routed`, and for a Mask R-CNN head's own grid."""
     seeds: tuple[int, ...] = ()
     """Empty for the plan's."""
 

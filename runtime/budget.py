@@ -1,4 +1,4 @@
-"""A budget kept over many images, where the engine keeps one within each."""
+"""Keeps a budget over many images; the engine keeps one within each image."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ import numpy as np
 import numpy.typing as npt
 
 HORIZON = 16
-"""Images whose savings may still be spent: a quiet hour does not pay for a slow minute."""
+"""Number of images after which savings lapse: a quiet hour does not pay for a slow minute."""
 
 
 class BudgetKeeper:
     """Gives each image the budget with which the mean cost of all instances so far comes to `mean_gmacs`.
 
-    Within one image the mean cost moves in steps, larger ones the fewer instances there are, and images that need little leave
-    some over: a budget that every image keeps for itself is on average not used up. What is left over goes to the images that follow.
+    Within one image the mean cost moves in steps, and the fewer instances there are, the larger the steps. A budget that each image
+    keeps for itself is therefore not used up on average. What one image saves, the images after it may spend.
     """
 
     def __init__(self, mean_gmacs: float, grid_gmacs: Mapping[int, float]) -> None:
-        """Keep to `mean_gmacs` an instance, where an instance at grid g costs `grid_gmacs[g]`."""
-        self._mean = mean_gmacs
-        self._costs = grid_gmacs
+        """Keep to `mean_gmacs` per instance, where an instance at grid g costs `grid_gmacs[g]`; 0 sets no limit."""
+        self._mean_gmacs = mean_gmacs
+        self._grid_gmacs = grid_gmacs
         self._saved: deque[float] = deque(maxlen=HORIZON)
         self._counts: deque[int] = deque(maxlen=HORIZON)
 
-    def budget(self) -> float:
-        """Mean GMAC an instance for the next image, between the costs of the smallest and of the largest grid."""
-        # As if it held as many instances as the fullest of late: what is saved is not spent twice.
+    def budget_gmacs(self) -> float:
+        """Mean GMAC per instance for the next image, between the costs of the smallest and the largest grid; 0 without a limit."""
+        if not self._mean_gmacs:
+            return 0.0
+        # The next image is assumed to have as many instances as the fullest of the last ones: savings are not spent twice.
         expected = max(self._counts, default=0)
-        budget = self._mean + (sum(self._saved) / expected if expected else 0.0)
-        return float(np.clip(budget, min(self._costs.values()), max(self._costs.values())))
+        budget = self._mean_gmacs + (sum(self._saved) / expected if expected else 0.0)
+        return float(np.clip(budget, min(self._grid_gmacs.values()), max(self._grid_gmacs.values())))
 
     def spend(self, grids: npt.NDArray[np.integer]) -> None:
-        """Take note of the grids (14 .. 112) that the image's instances got."""
-        saved = sum(self._mean - self._costs[int(grid)] for grid in grids)
-        # A debt is paid back from the oldest savings first, so that it does not lapse with them.
+        """Record the grids (14, 28, 56 or 112) of the image's instances."""
+        saved = sum(self._mean_gmacs - self._grid_gmacs[int(grid)] for grid in grids)
+        # A debt is paid from the oldest savings first: otherwise it would lapse together with them.
         for index, earlier in enumerate(self._saved):
             if saved < 0 < earlier:
                 paid = min(earlier, -saved)

@@ -1,8 +1,9 @@
-"""From images to their instances, on whatever target the bundle was built for."""
+"""From images to their instances, with the engine of a bundle."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -19,41 +20,59 @@ from runtime.targets.base import Engine, EngineOutput, GridOverride, open_engine
 
 
 def load(
-    bundle: str | os.PathLike[str] | Bundle, target: str = "auto", budget: float | None = None, threads: int | None = None
+    bundle: str | os.PathLike[str] | Bundle, target: str = "auto", budget_gmacs: float | None = None, threads: int | None = None
 ) -> Predictor:
-    """Open a bundle's engine.
+    """Open a bundle and load its engine.
 
     Args:
         bundle: its folder, or an opened one.
-        target: `auto` takes the best that is built.
-        budget: mean GMAC an instance to keep to; None lets the model choose freely.
-        threads: CPU threads of the engine; None for all cores.
+        target: `onnxruntime`, `tensorrt-rtx` or `tensorrt`; `auto` takes the best one that is built and runs here.
+        budget_gmacs: the largest mean cost of an instance's mask, in GMAC; None or 0 sets no limit. The bundle's manifest has the cost
+            of each grid (`predictor.bundle.manifest.grid_gmacs`).
+        threads: CPU threads of the engine; None takes all cores.
 
     Raises:
-        InputError: the bundle is missing, damaged or not built for the target, the target cannot run here, or a value makes no sense.
+        InputError: the bundle is missing, damaged or not built for the target, the target cannot run here, or a value is out of range.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.load(bundle, threads=1) as predictor:
+        ...     instances = predictor(image)
+        >>> instances.boxes.shape == (len(instances), 4)
+        True
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.open(bundle)
-    return Predictor(bundle, open_engine(bundle, target, threads), budget)
+    return Predictor(bundle, open_engine(bundle, target, threads), budget_gmacs)
 
 
 class Predictor:
-    """`predictor(image)` gives `Instances`, `predictor.batch(images)` a list of them. A context manager, for one thread at a time.
+    """A bundle with its loaded engine: `predictor(image)` gives `Instances`, `predictor.batch(images)` a list of them.
 
-    Images are scaled to fit the bundle's canvas, or the nearest to it that the engine takes. Where an engine's canvas may vary, a run has
-    the smallest that holds its images, so that no work is done on padding.
+    Several threads may share a predictor; their calls take turns. It is a context manager that frees the engine at its end; a closed
+    predictor refuses to run.
+
+    Images are scaled to fit the bundle's canvas, or the nearest size that the engine takes. If the engine takes canvases of several
+    sizes, each run has the smallest one that holds its images, so that little work is done on padding.
+
+    Attributes:
+        bundle: the opened `Bundle`; its `manifest` has the classes, the canvas and the cost of each grid.
+        engine: the engine that runs.
+        budget_gmacs: the budget of calls that give none, in GMAC per instance; 0 sets no limit.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine, budget: float | None = None) -> None:
-        if budget is not None:
-            _check_budget(budget)
+    def __init__(self, bundle: Bundle, engine: Engine, budget_gmacs: float | None = None) -> None:
+        _check_budget(budget_gmacs)
         self.bundle = bundle
         self.engine = engine
-        self.budget = budget
-        least, _, most = engine.profile.canvas
-        height, width = (sorted(sides)[1] for sides in zip(least, bundle.manifest.canvas, most, strict=True))
+        self.budget_gmacs = budget_gmacs or 0.0
+        smallest, _, largest = engine.profile.canvas
+        height, width = (sorted(sides)[1] for sides in zip(smallest, bundle.manifest.canvas, largest, strict=True))
         self._canvas = height, width
-        self._room = np.empty(engine.profile.batch[-1] * 3 * height * width, np.float32)
+        self._buffer = np.empty(engine.profile.batch[-1] * 3 * height * width, np.float32)
+        # The buffer and most engines hold one run at a time.
+        self._lock = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> Predictor:
         return self
@@ -62,70 +81,98 @@ class Predictor:
         self.close()
 
     def close(self) -> None:
-        """Free the engine."""
-        self.engine.close()
+        """Free the engine, after the run in progress. Later calls are refused; closing twice does no harm."""
+        with self._lock:
+            self._closed = True
+            self.engine.close()
 
     def __call__(
-        self, image: npt.NDArray[np.uint8], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+        self,
+        image: npt.NDArray[np.uint8],
+        budget_gmacs: float | None = None,
+        grid_override: GridOverride = None,
+        min_score: float = 0.0,
     ) -> Instances:
         """The instances in an image, by falling score, with `times_ms` of `preprocess`, `detector` and `masks`.
 
         Args:
             image: `[H, W, 3] uint8` RGB, of any size.
-            budget: mean GMAC an instance, for this image; 0 is none, None is the predictor's own.
-            grid_override: one value for all slots or `[K]`: 0..3 that grid (14, 28, 56, 112), 4 the size-based rule (Eq. 8),
-                -1 or None the model's choice.
-            min_score: instances that score this or less are left out before their masks are computed.
+            budget_gmacs: the largest mean cost of an instance's mask in this image, in GMAC; 0 sets no limit, None takes the
+                predictor's own.
+            grid_override: one value for all detection slots or `[K] int64`: 0 to 3 for that grid (14, 28, 56, 112), 4 for the
+                size-based rule (paper, Eq. 8), -1 or None for the model's choice.
+            min_score: instances with this score or less are left out, and no mask is computed for them.
 
         Raises:
-            InputError: not such an image, a budget or grid that does not exist, or a class that the bundle's manifest lacks.
+            InputError: the image has another shape or type, the budget or grid does not exist, the predictor is closed, or the model
+                found a class that the bundle's manifest lacks.
+
+        Example:
+            >>> import dynamask
+            >>> with dynamask.load(bundle) as predictor:
+            ...     sure = predictor(image, min_score=0.5)
+            ...     coarse = predictor(image, grid_override=0)
+            >>> bool((sure.scores > 0.5).all()), set(coarse.grids.tolist()) <= {14}
+            (True, True)
         """
-        return self.batch([image], budget, grid_override, min_score)[0]
+        return self.batch([image], budget_gmacs, grid_override, min_score)[0]
 
     def batch(
         self,
         images: Sequence[npt.NDArray[np.uint8]],
-        budget: float | None = None,
+        budget_gmacs: float | None = None,
         grid_override: GridOverride = None,
         min_score: float = 0.0,
     ) -> list[Instances]:
-        """The instances in each of several images, in their order, as many images at a time as the engine takes.
+        """The instances in each of several images, in their order; the engine runs on as many images at a time as it takes.
 
-        What is found is what a call for each image finds, but that a budget is the mean over all instances of a run. `detector` and
-        `masks` in an image's `times_ms` are its share of the run's.
+        The result is that of a call for each image, with one exception: a budget limits the mean over all instances of a run.
+        `detector` and `masks` in an image's `times_ms` are its share of the run's time.
 
         Args:
             images: `[H, W, 3] uint8` RGB each, of any sizes.
-            budget, grid_override, min_score: as for one image; the same for all.
+            budget_gmacs, grid_override, min_score: as for one image; the same for all.
 
         Raises:
-            InputError: as for one image; nothing has run if the call itself is at fault.
+            InputError: as for one image. All images and values are checked before the first run.
+
+        Example:
+            >>> import dynamask
+            >>> with dynamask.load(bundle) as predictor:
+            ...     first, second = predictor.batch([image, image[:, ::-1]])
+            >>> first.size == second.size == image.shape[:2]
+            True
         """
         for image in images:
             _check_image(image)
-        if budget:
-            _check_budget(budget)
+        _check_budget(budget_gmacs)
         if grid_override is not None and not np.isin(grid_override, np.arange(MSM, SIZE_BASED + 1)).all():
-            raise InputError(f"{grid_override} chooses no grid; give -1 (the model decides), 0..3 (14, 28, 56, 112) or 4 (by size).")
+            raise InputError(
+                f"a grid_override of {grid_override} does not exist; give -1 (the model decides), 0 to 3 (14, 28, 56, 112) or 4 (by size)."
+            )
         overrides = slot_overrides(grid_override, self.bundle.manifest.detections)
-        budget, most = self.budget if budget is None else budget, self.engine.profile.batch[-1]
+        budget = self.budget_gmacs if budget_gmacs is None else budget_gmacs
+        most = self.engine.profile.batch[-1]
         runs = (self._run(images[i : i + most], budget, overrides, min_score) for i in range(0, len(images), most))
         return [instances for run in runs for instances in run]
 
     def _run(
-        self, images: Sequence[npt.NDArray[np.uint8]], budget: float | None, overrides: npt.NDArray[np.int64], min_score: float
+        self, images: Sequence[npt.NDArray[np.uint8]], budget_gmacs: float, overrides: npt.NDArray[np.int64], min_score: float
     ) -> list[Instances]:
         manifest, count = self.bundle.manifest, len(images)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         height, width = filled_canvas(sizes, self._canvas, self.engine.profile.canvas[0])
-        canvases = self._room[: count * 3 * height * width].reshape(count, 3, height, width)
         scales, preprocess_ms = [], []
-        for index, image in enumerate(images):
-            start = time.perf_counter()
-            _, scale = letterbox_normalise(image, *self._canvas, manifest.mean, manifest.std, out=canvases[index : index + 1])
-            scales.append(scale)
-            preprocess_ms.append(1000 * (time.perf_counter() - start))
-        outputs = self.engine.run(canvases, budget, np.tile(overrides, count), min_score).per_image(count)
+        with self._lock:
+            if self._closed:
+                raise InputError(f"this predictor of {self.bundle.path} is closed; open the bundle again with dynamask.load.")
+            canvases = self._buffer[: count * 3 * height * width].reshape(count, 3, height, width)
+            for index, image in enumerate(images):
+                start = time.perf_counter()
+                _, scale = letterbox_normalise(image, *self._canvas, manifest.mean, manifest.std, out=canvases[index : index + 1])
+                scales.append(scale)
+                preprocess_ms.append(1000 * (time.perf_counter() - start))
+            outputs = self.engine.run(canvases, budget_gmacs, np.tile(overrides, count), min_score).per_image(count)
         return [self._instances(*of_image) for of_image in zip(outputs, scales, sizes, preprocess_ms, strict=True)]
 
     def _instances(self, output: EngineOutput, scale: float, size: tuple[int, int], preprocess_ms: float) -> Instances:
@@ -155,9 +202,9 @@ def _check_image(image: npt.NDArray[np.uint8]) -> None:
     shape = getattr(image, "shape", None)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         kind = f"{shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise InputError(f"an image is needed as [H, W, 3] uint8 RGB, and this is {kind}; read files with dynamask.read_image.")
+        raise InputError(f"an image must be [H, W, 3] uint8 RGB, and this is {kind}; read files with dynamask.read_image.")
 
 
-def _check_budget(budget: float) -> None:
-    if not (budget > 0 and np.isfinite(budget)):
-        raise InputError(f"a budget of {budget} GMAC cannot be kept to; give a positive number, or none.")
+def _check_budget(budget_gmacs: float | None) -> None:
+    if budget_gmacs is not None and not 0 <= budget_gmacs < np.inf:
+        raise InputError(f"a budget of {budget_gmacs} GMAC cannot be kept; give a positive number, or 0 for no limit.")

@@ -69,15 +69,24 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        if not files:
-            raise InputError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of images or a video file.")
-        return ImageSource(path, files)
+        return ImageSource(path, image_files(path))
     if not path.is_file():
         raise InputError(f"{path} does not exist; give a video file or a folder of images.")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty; give a video file or a folder of images.")
     return ImageSource(path, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else VideoSource(path)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, in the order of their names.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    if not files:
+        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of images or a video file.")
+    return files
 
 
 class _OpenedOnFirstFrame(abc.ABC):

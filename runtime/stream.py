@@ -1,4 +1,4 @@
-"""Frames in, masks out: decoding, inference and encoding overlap, in bounded memory."""
+"""Runs a predictor on a stream of frames: decoding, inference and encoding overlap, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import resource
 import sys
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
-
 from runtime.budget import BudgetKeeper
+from runtime.policies import ROUTED, Policy, parse_policy
+from runtime.statistics import RunStatistics, timed_prediction
 
 if TYPE_CHECKING:
     from runtime.instances import Instances
@@ -24,39 +24,36 @@ if TYPE_CHECKING:
     from runtime.sources import Frame, Source
 
 QUEUED_FRAMES = 4
-"""Frames that may wait before inference, and again before the sinks."""
-PARTS = ("preprocess", "detector", "masks", "paste", "total")
+"""The length of the queue before inference, and of the one before the sinks."""
 T = TypeVar("T")
 _Pasted = tuple["Frame", "Instances"]
-"""A frame and its instances, with their masks pasted and the milliseconds of each part."""
+"""A frame and its instances; their masks are pasted, and `times_ms` is complete."""
 
 
 @dataclass(frozen=True)
 class StreamReport:
-    """What a stream did."""
+    """Frames, speed, cost and memory of a stream."""
 
     frames: int
     """Frames through the engine and all sinks."""
-    dropped: int
-    """Frames left out because the engine was too slow: 0, files wait for the engine."""
     broken: int
-    """Frames that were read and could not be decoded, left out."""
+    """Frames that were read but could not be decoded; they are left out."""
     missing: int
-    """Frames that the source announces and does not hold: it is truncated."""
+    """Frames that the source announces but does not hold: it is truncated."""
     interrupted: bool
-    """Ended by Ctrl-C: what was read until then is whole in the sinks."""
+    """Whether Ctrl-C ended the stream; the sinks hold all frames that the engine finished."""
     seconds: float
     fps: float
     instances: int
     latency_ms: dict[str, dict[str, float]]
-    """p50, p95 and p99 by part, in milliseconds: `preprocess`, `detector`, `masks`, `paste`, `total` (from decoded frame to pasted masks).
-    Waiting in a queue is not counted."""
+    """`p50 p95 p99 mean` in milliseconds of `preprocess`, `detector`, `masks`, `paste` and `total` (from the decoded frame to the pasted
+    masks); time in a queue is not counted. Empty without frames."""
     gmacs: float | None
     """Mean cost of the mask branch in GMAC per instance; None without instances."""
     share: dict[str, float]
     """Each grid's share of the instances, 0 to 1."""
     peak_rss_mb: float
-    """The process's largest resident memory so far, in MB (10^6 bytes)."""
+    """The largest resident memory of the process so far, in MB (10^6 bytes)."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
@@ -67,47 +64,60 @@ def run_stream(
     predictor: Predictor,
     source: Source,
     sinks: Sequence[Sink],
+    policy: str | Policy | None = None,
     score: float = 0.3,
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
-    grid_override: int | None = None,
 ) -> StreamReport:
-    """Send every frame of a source through the predictor to the sinks; sinks and source are closed afterwards.
+    """Run a predictor on every frame of a source and write the results to the sinks; source and sinks are closed afterwards.
 
-    One thread decodes, this one runs the engine and pastes the masks, one more writes. The queues between them are short and make
-    the faster part wait, so no frame of a file is dropped and the memory does not grow with the stream. Ctrl-C ends the stream as the
-    end of the source would: what the engine finished is written, and the sinks are finished. The predictor's budget, if it has one, is
-    kept over the stream, not by every frame for itself.
+    One thread decodes, the calling thread runs the engine and pastes the masks, one more thread writes. The queues between them are
+    short, and the faster side waits: no frame is dropped, and memory does not grow with the length of the stream. Ctrl-C ends the
+    stream like the end of the source: all frames that the engine finished are written, and the sinks are finished.
 
     Args:
-        score: instances that score this or less are left out, and cost no mask.
-        limit: end after that many frames.
+        source: from `open_source`.
+        sinks: for example `VideoSink`, `JsonLinesSink`, `FolderSink`; may be empty.
+        policy: `routed`, `routed@50%`, `routed@0.6gmac`, `uniform-28`, `size-based` (see `parse_policy`) or a `Policy`; None takes the
+            model's choice within the predictor's own budget. A budget is kept over the whole stream.
+        score: instances with this score or less are left out, and no mask is computed for them.
+        limit: the number of frames after which to end.
         progress: called with the number of frames done, from the thread that writes.
-        grid_override: 0..3 that grid (14, 28, 56, 112) for all, 4 the size-based rule (Eq. 8), None the model's choice.
 
     Raises:
-        DynaMaskError: a sink or the predictor failed; the sinks keep what was written under its provisional name.
+        InputError: there is no such policy, or the predictor is closed.
+        DynaMaskError: a sink or the predictor failed; the sinks keep all that was written, under its provisional name.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.load(bundle) as predictor:
+        ...     source = dynamask.open_source(clip)
+        ...     video = dynamask.VideoSink(folder / "annotated.mp4", source.frame_rate)
+        ...     report = dynamask.stream(predictor, source, [video], "routed@50%")
+        >>> report.frames > 0 and (folder / "annotated.mp4").exists()
+        True
     """
-    measured = _Measured()
-    keeper = BudgetKeeper(predictor.budget, predictor.bundle.manifest.grid_gmacs) if predictor.budget else None
+    grid_gmacs = predictor.bundle.manifest.grid_gmacs
+    chosen = Policy(ROUTED, predictor.budget_gmacs) if policy is None else parse_policy(policy, grid_gmacs)
+    keeper = BudgetKeeper(chosen.budget_gmacs, grid_gmacs)
+    measured = _Measured(grid_gmacs)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(source)
         for sink in sinks:
             stack.enter_context(sink)
         interrupted = _overlap(
-            lambda frame: _segment(predictor, frame, score, grid_override, keeper, measured),
+            lambda frame: _segment(predictor, frame, score, chosen.grid_override, keeper, measured),
             lambda done: _decode(source, limit, done),
             lambda done: _write(sinks, done, measured, progress),
         )
-    seconds = time.perf_counter() - start
-    return measured.report(predictor, source, interrupted, seconds)
+    return measured.report(source, interrupted, time.perf_counter() - start)
 
 
 def _overlap(
     segment: Callable[[Frame], _Pasted], decode: Callable[[_Channel[Frame]], None], write: Callable[[_Channel[_Pasted]], None]
 ) -> bool:
-    """Run the three parts side by side to the end; whether Ctrl-C was that end."""
+    """Run the three parts side by side to the end; returns whether Ctrl-C was the end."""
     decoded: _Channel[Frame] = _Channel()
     pasted: _Channel[_Pasted] = _Channel()
     errors: list[BaseException] = []
@@ -132,19 +142,10 @@ def _overlap(
     return interrupted
 
 
-def _segment(
-    predictor: Predictor, frame: Frame, score: float, grid_override: int | None, keeper: BudgetKeeper | None, measured: _Measured
-) -> _Pasted:
-    start = time.perf_counter()
-    instances = predictor(frame.image, keeper.budget() if keeper else None, grid_override, score)
-    if keeper:
-        keeper.spend(instances.grids)
-    before_paste = time.perf_counter()
-    # The instances keep their crops: the sinks do not paste again.
-    deque(instances.crops(), maxlen=0)
-    end = time.perf_counter()
-    instances.times_ms = {**instances.times_ms, "paste": 1000 * (end - before_paste), "total": 1000 * (end - start)}
-    measured.add(instances)
+def _segment(predictor: Predictor, frame: Frame, score: float, grid_override: int, keeper: BudgetKeeper, measured: _Measured) -> _Pasted:
+    instances = timed_prediction(predictor, frame.image, keeper.budget_gmacs(), grid_override, score)
+    keeper.spend(instances.grids)
+    measured.statistics.add(instances)
     return frame, instances
 
 
@@ -231,39 +232,23 @@ class _Channel(Generic[T]):
 
 
 class _Measured:
-    """What is counted while a stream runs."""
+    """The figures that a stream collects while it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, grid_gmacs: Mapping[int, float]) -> None:
         self.frames = 0
-        self._times: dict[str, list[float]] = {part: [] for part in PARTS}
-        self._grids: Counter[int] = Counter()
+        self.statistics = RunStatistics(grid_gmacs)
 
-    def add(self, instances: Instances) -> None:
-        for part in PARTS:
-            self._times[part].append(instances.times_ms[part])
-        self._grids.update(int(grid) for grid in instances.grids)
-
-    def report(self, predictor: Predictor, source: Source, interrupted: bool, seconds: float) -> StreamReport:
-        grid_gmacs = predictor.bundle.manifest.grid_gmacs
-        count = sum(self._grids.values())
+    def report(self, source: Source, interrupted: bool, seconds: float) -> StreamReport:
         return StreamReport(
             frames=self.frames,
-            dropped=0,
             broken=source.broken,
             missing=source.missing,
             interrupted=interrupted,
             seconds=seconds,
             fps=self.frames / seconds,
-            instances=count,
-            latency_ms={part: _percentiles(times) for part, times in self._times.items() if times},
-            gmacs=sum(grid_gmacs[grid] * n for grid, n in self._grids.items()) / count if count else None,
-            share={str(grid): self._grids[grid] / count if count else 0.0 for grid in sorted(grid_gmacs)},
             peak_rss_mb=_peak_rss_mb(),
+            **self.statistics.summary(),
         )
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{q}": float(value) for q, value in zip((50, 95, 99), np.percentile(values, (50, 95, 99)), strict=True)}
 
 
 def _peak_rss_mb() -> float:

@@ -1,15 +1,15 @@
-"""Accuracy and latency of a bundle together: one pass over a COCO data set, several ways to choose the mask grids, side by side."""
+"""Accuracy and latency of a bundle on a COCO data set, for several grid policies side by side."""
 
 from __future__ import annotations
 
 import datetime
 import json
 import os
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,62 +17,18 @@ from runtime.bench import machine
 from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco, to_rle
 from runtime.errors import InputError
-from runtime.graph import MSM, SIZE_BASED
+from runtime.graph import MSM
 from runtime.images import read_image
+from runtime.policies import Policy, parse_policy
+from runtime.statistics import RunStatistics, grid_statistics, timed_prediction
 
 if TYPE_CHECKING:
-    from runtime.instances import Instances
     from runtime.predictor import Predictor
 
 IOU_TYPES = ("segm", "bbox", "boundary")
-PARTS = ("preprocess", "detector", "masks", "paste")
-"""What a frame's latency is made of, in order."""
+POLICIES = ("routed", "routed@50%", "uniform-14", "uniform-28", "uniform-56", "uniform-112", "size-based")
 ROUTING_SCORE = 0.5
-"""Detections below this score stay out of the table of who gets which grid: their class says little about the shape."""
-
-
-class Policy(NamedTuple):
-    """A way to choose each instance's mask grid, in the terms of the graph's inputs."""
-
-    name: str
-    budget: float
-    """Mean GMAC per instance to keep to over all images (`BudgetKeeper`); 0 for none."""
-    grid_override: int
-    """-1 the MSM decides, 0..3 that grid, 4 the size-based rule (Eq. 8)."""
-
-
-def parse_policy(name: str, grid_gmacs: Mapping[int, float]) -> Policy:
-    """`routed`, `routed@0.6` (GMAC), `routed@50%` (of the largest grid's cost), `uniform-28`, `size-based`.
-
-    Args:
-        grid_gmacs: cumulative cost of each grid in GMAC, `{14: …, 28: …, 56: …, 112: …}`.
-
-    Raises:
-        InputError: no such policy, or a budget that is no positive number.
-    """
-    rule, _, budget = name.partition("@")
-    if name == "routed":
-        return Policy(name, 0.0, MSM)
-    if name == "size-based":
-        return Policy(name, 0.0, SIZE_BASED)
-    if rule == "routed":
-        return Policy(name, _budget(name, budget, max(grid_gmacs.values())), MSM)
-    grids = sorted(grid_gmacs)
-    if name in (uniform := [f"uniform-{grid}" for grid in grids]):
-        return Policy(name, 0.0, uniform.index(name))
-    raise InputError(f"{name!r} is no way to choose grids; take routed, routed@50%, routed@0.6, size-based, {', '.join(uniform)}.")
-
-
-def _budget(name: str, text: str, largest: float) -> float:
-    try:
-        budget = float(text[:-1]) / 100 * largest if text.endswith("%") else float(text)
-    except ValueError:
-        budget = 0.0
-    if not (budget > 0 and np.isfinite(budget)):
-        raise InputError(
-            f"{name!r} holds no budget: write mean GMAC per instance (routed@0.6) or percent of the largest grid (routed@50%)."
-        )
-    return budget
+"""Detections below this score stay out of the table of cost by class: their class says little about their shape."""
 
 
 @dataclass(frozen=True)
@@ -147,36 +103,39 @@ def _judgeable(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
 def validate(
     predictor: Predictor,
     dataset: CocoFiles,
-    policies: Sequence[str],
+    policies: Sequence[str | Policy] = POLICIES,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Run every policy on every image, interleaved in rotated order, and judge each by AP, cost and latency.
+    """Accuracy, cost and latency of a bundle on a COCO data set, for several grid policies.
 
-    Images whose file is broken, or not of the size that the annotations say, are skipped and listed.
+    All policies run on each image one after the other, and the order rotates from image to image, so that none gains from its place.
+    Images whose file is broken or has another size than the annotations say are skipped and listed.
 
     Args:
-        policies: see `parse_policy`.
-        limit: take only so many images.
+        policies: texts as `parse_policy` reads them (`routed`, `routed@50%`, `routed@0.6gmac`, `uniform-28`, `size-based`), or `Policy`.
+            A budget is kept over all images.
+        limit: the number of images to take, the first ones; None takes all.
         progress: called with (images done, images in all).
 
     Returns:
-        `dataset`, `skipped`, `bundle`, `grids`, `machine`, `date`, and under `policies`, by policy: `segm`, `bbox`, `boundary` (AP × 100),
-        `gmacs` (mean per instance; None without instances), `share` of each grid (0..1), `instances`, `latency_ms` (`preprocess`,
-        `detector`, `masks`, `paste`, `total`: each `p50 p95 p99 mean`) and, of routed ones, `routing` (cost by class and size).
+        `dataset`, `skipped`, `bundle`, `grids`, `machine`, `date`, and under `policies`, by name: `segm`, `bbox`, `boundary` (AP × 100),
+        `gmacs` (mean per instance; None without instances), `share` of each grid (0 to 1), `instances`, `latency_ms` (`preprocess`,
+        `detector`, `masks`, `paste`, `total`: each `p50 p95 p99 mean`) and, where the model chooses, `routing` (cost by class and size).
 
     Raises:
-        InputError: a policy, the classes or the limit do not fit, or no image can be read.
+        InputError: there is no policy or no such policy, the limit is not positive, the data set's classes are not the bundle's, or none
+            of its images can be used.
     """
     manifest = predictor.bundle.manifest
     grid_gmacs = manifest.grid_gmacs
-    chosen = [parse_policy(name, grid_gmacs) for name in dict.fromkeys(policies)]
+    chosen = [parse_policy(policy, grid_gmacs) for policy in dict.fromkeys(policies)]
     if not chosen:
-        raise InputError("no policy was given, so there is nothing to validate; take for example routed,uniform-112.")
+        raise InputError("no grid policy was given, so there is nothing to validate; take for example routed,uniform-112.")
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} images leaves nothing to validate on; give 1 or more.")
     check_classes([(c.id, c.name) for c in manifest.classes], dataset)
-    runs = {policy.name: _Run(policy, BudgetKeeper(policy.budget, grid_gmacs) if policy.budget else None) for policy in chosen}
+    runs = {policy.name: _Run(policy, grid_gmacs) for policy in chosen}
     judged, skipped = _run_all(predictor, dataset, runs, dataset.truth["images"][:limit], progress)
     if not judged:
         raise InputError(f"none of the {len(skipped)} images in {dataset.images} can be used; the first: {skipped[0]['reason']}")
@@ -213,16 +172,29 @@ def check_classes(classes: Sequence[tuple[int, str]], dataset: CocoFiles) -> Non
             )
 
 
-@dataclass
 class _Run:
-    """What one policy gave, over all images."""
+    """One policy, and its results on all images."""
 
-    policy: Policy
-    keeper: BudgetKeeper | None
-    detections: list[dict[str, Any]] = field(default_factory=list)
-    grids: list[int] = field(default_factory=list)
-    areas: list[float] = field(default_factory=list)
-    times: list[dict[str, float]] = field(default_factory=list)
+    def __init__(self, policy: Policy, grid_gmacs: Mapping[int, float]) -> None:
+        self.policy = policy
+        self.statistics = RunStatistics(grid_gmacs)
+        self.detections: list[dict[str, Any]] = []
+        self.areas: list[float] = []
+        """Of each detection's box, square pixels."""
+        self._keeper = BudgetKeeper(policy.budget_gmacs, grid_gmacs)
+
+    def warm_up(self, predictor: Predictor, image: Any) -> None:
+        """Run once without a record: the first run of an engine allocates."""
+        timed_prediction(predictor, image, self.policy.budget_gmacs, self.policy.grid_override)
+
+    def add(self, predictor: Predictor, image: Any, image_id: int) -> None:
+        """Run on an image and record what was found."""
+        instances = timed_prediction(predictor, image, self._keeper.budget_gmacs(), self.policy.grid_override)
+        self._keeper.spend(instances.grids)
+        self.statistics.add(instances)
+        self.detections += instances.to_coco(image_id)
+        sides = instances.boxes[:, 2:] - instances.boxes[:, :2]
+        self.areas += (sides[:, 0] * sides[:, 1]).tolist()
 
 
 def _run_all(
@@ -241,11 +213,11 @@ def _run_all(
         except InputError as error:
             skipped.append({"image": str(record["file_name"]), "reason": str(error)})
         else:
-            if not judged:  # The first run of an engine allocates; it is not what is measured.
+            if not judged:
                 for run in order:
-                    timed_prediction(predictor, image, run.policy.budget, run.policy.grid_override)
+                    run.warm_up(predictor, image)
             for run in order:
-                _record(run, predictor, image, int(record["id"]))
+                run.add(predictor, image, int(record["id"]))
             judged.add(int(record["id"]))
             order = order[1:] + order[:1]
         if progress is not None:
@@ -263,29 +235,6 @@ def _read(dataset: CocoFiles, record: Mapping[str, Any]) -> Any:
     return image
 
 
-def timed_prediction(predictor: Predictor, image: Any, budget: float, grid_override: int) -> tuple[Instances, dict[str, float]]:
-    """One image through the predictor up to pasted masks, and the milliseconds of each part and of the whole."""
-    start = time.perf_counter()
-    instances = predictor(image, budget=budget, grid_override=grid_override)
-    before_paste = time.perf_counter()
-    for _ in instances.crops():
-        pass
-    end = time.perf_counter()
-    return instances, {**instances.times_ms, "paste": 1000 * (end - before_paste), "total": 1000 * (end - start)}
-
-
-def _record(run: _Run, predictor: Predictor, image: Any, image_id: int) -> None:
-    budget = run.keeper.budget() if run.keeper else 0.0
-    instances, times = timed_prediction(predictor, image, budget, run.policy.grid_override)
-    if run.keeper:
-        run.keeper.spend(instances.grids)
-    run.times.append(times)
-    run.detections += instances.to_coco(image_id)
-    run.grids += [int(grid) for grid in instances.grids]
-    sides = instances.boxes[:, 2:] - instances.boxes[:, :2]
-    run.areas += [float(area) for area in sides[:, 0] * sides[:, 1]]
-
-
 def _bundle(predictor: Predictor) -> dict[str, Any]:
     manifest = predictor.bundle.manifest
     return {
@@ -298,47 +247,16 @@ def _bundle(predictor: Predictor) -> dict[str, Any]:
 
 
 def _judge(run: _Run, truth: Mapping[str, Any], judged: set[int], grid_gmacs: Mapping[int, float]) -> dict[str, Any]:
-    metrics = evaluate_coco(truth, run.detections, IOU_TYPES, judged)
-    counts = grid_counts(run.grids, grid_gmacs)
-    result: dict[str, Any] = {
-        **metrics,
-        "gmacs": mean_gmacs(counts, grid_gmacs),
-        "share": shares(counts),
-        "instances": len(run.grids),
-        "latency_ms": {part: percentiles([times[part] for times in run.times]) for part in (*PARTS, "total")},
-    }
+    result: dict[str, Any] = {**evaluate_coco(truth, run.detections, IOU_TYPES, judged), **run.statistics.summary()}
     if run.policy.grid_override == MSM:
         result["routing"] = _routing(run, truth["categories"], grid_gmacs)
     return result
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """`p50 p95 p99 mean` of some latencies, in their unit."""
-    p50, p95, p99 = (float(value) for value in np.percentile(values, (50, 95, 99)))
-    return {"p50": p50, "p95": p95, "p99": p99, "mean": float(np.mean(values))}
-
-
-def grid_counts(grids: Sequence[int], grid_gmacs: Mapping[int, float]) -> dict[int, int]:
-    """How many instances got each grid."""
-    return {grid: sum(given == grid for given in grids) for grid in sorted(grid_gmacs)}
-
-
-def mean_gmacs(counts: Mapping[int, int], grid_gmacs: Mapping[int, float]) -> float | None:
-    """Mean cost per instance in GMAC; None without instances."""
-    total = sum(counts.values())
-    return sum(count * grid_gmacs[grid] for grid, count in counts.items()) / total if total else None
-
-
-def shares(counts: Mapping[int, int]) -> dict[str, float]:
-    """Each grid's share of the instances, 0..1; all 0 without instances."""
-    total = sum(counts.values())
-    return {str(grid): count / total if total else 0.0 for grid, count in counts.items()}
-
-
 def _routing(run: _Run, categories: Sequence[Mapping[str, Any]], grid_gmacs: Mapping[int, float]) -> dict[str, Any]:
-    """Who got which grid: cost by class and by supercategory, each also by box area (terciles of all that count)."""
+    """Cost by class and by supercategory, each also by box area (terciles of all detections that score enough)."""
     sure = [i for i, detection in enumerate(run.detections) if detection["score"] >= ROUTING_SCORE]
-    grids = np.array([run.grids[i] for i in sure], int)
+    grids = np.array([run.detections[i]["grid"] for i in sure], int)
     areas = np.array([run.areas[i] for i in sure], float)
     owners = np.array([run.detections[i]["category_id"] for i in sure], int)
     terciles = [float(area) for area in np.quantile(areas, (1 / 3, 2 / 3))] if sure else []
@@ -367,5 +285,5 @@ def _routing(run: _Run, categories: Sequence[Mapping[str, Any]], grid_gmacs: Map
 
 
 def _share_and_cost(grids: Any, grid_gmacs: Mapping[int, float]) -> dict[str, Any]:
-    counts = grid_counts(grids.tolist(), grid_gmacs)
-    return {"count": len(grids), "mean_gmacs": mean_gmacs(counts, grid_gmacs), "share": shares(counts)}
+    figures = grid_statistics(Counter(grids.tolist()), grid_gmacs)
+    return {"count": figures["instances"], "mean_gmacs": figures["gmacs"], "share": figures["share"]}

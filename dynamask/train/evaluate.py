@@ -17,10 +17,10 @@ from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco
 from runtime.graph import GRIDS, MSM
 from runtime.instances import ClassName, Instances
+from runtime.policies import Policy
 from runtime.preprocess import letterbox_normalise
-from runtime.validate import Policy
 
-ROUTED = Policy("routed", 0.0, MSM)
+ROUTED = Policy("routed")
 """The MSM's argmax (Eq. 1)."""
 
 
@@ -39,7 +39,7 @@ def evaluate(
     Args:
         grid: one of `GRIDS` for every instance; None follows `policy`. A Mask R-CNN head has its own grid whatever either asks for.
         stop: asked before each image.
-        policy: how the grids are chosen (`runtime.validate.parse_policy`); a budget is kept over all images, as `dynamask validate` does.
+        policy: how the grids are chosen (`runtime.policies.parse_policy`); a budget is kept over all images, as `dynamask validate` does.
         iou_types: of `runtime.coco_metrics.evaluate_coco`.
 
     Returns:
@@ -49,8 +49,8 @@ def evaluate(
     if config.model.mask_grid is not None:
         policy = ROUTED
     elif grid is not None:
-        policy = Policy(f"uniform-{grid}", 0.0, GRIDS.index(grid))
-    keeper = BudgetKeeper(policy.budget, dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True))) if policy.budget else None
+        policy = Policy(f"uniform-{grid}", grid_override=GRIDS.index(grid))
+    keeper = BudgetKeeper(policy.budget_gmacs, dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True)))
     count = len(dataset) if images is None else min(images, len(dataset))
     results: list[dict[str, Any]] = []
     image_ids: list[int] = []
@@ -62,10 +62,8 @@ def evaluate(
             if stop():
                 return None
             image, target = dataset[index]
-            budget = keeper.budget() if keeper else 0.0
-            found = detect(model, image, config, dataset.classes, budget, policy.grid_override)
-            if keeper:
-                keeper.spend(found.grids)
+            found = detect(model, image, config, dataset.classes, keeper.budget_gmacs(), policy.grid_override)
+            keeper.spend(found.grids)
             image_ids.append(int(target["image_id"]))
             results += found.to_coco(image_ids[-1])
             grids += found.grids.tolist()
@@ -81,16 +79,16 @@ def detect(
     image: npt.NDArray[np.uint8],
     config: Config,
     classes: Sequence[dict[str, Any]],
-    budget: float = 0.0,
+    budget_gmacs: float = 0.0,
     grid_override: int = MSM,
 ) -> Instances:
     """The instances in an image `[H, W, 3] uint8` RGB, found by the PyTorch model in evaluation mode; boxes in the image's pixels.
 
-    `budget` and `grid_override` are those of `dynamask.inference.predict`.
+    `budget_gmacs` and `grid_override` are as in `dynamask.inference.predict`.
     """
     device = next(model.parameters()).device
     canvas, scale = letterbox_normalise(image, *config.model.canvas, config.model.mean, config.model.std)
-    output = predict(model, torch.from_numpy(canvas).to(device), budget, grid_override)
+    output = predict(model, torch.from_numpy(canvas).to(device), budget_gmacs, grid_override)
     filled = output.scores > 0
     logits: dict[int, npt.NDArray[np.float32]] = {}
     for slots, crops in zip(output.slots, output.logits, strict=True):

@@ -42,9 +42,9 @@ def _disc(grid: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 class FakePredictor:
     """Finds `count` discs in every image, whatever the budget; may fail, or be interrupted, at the given call."""
 
-    def __init__(self, count: int = 3, error: BaseException | None = None, at: int = 5, budget: float | None = None) -> None:
+    def __init__(self, count: int = 3, error: BaseException | None = None, at: int = 5, budget_gmacs: float = 0.0) -> None:
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(grid_gmacs=GRID_GMACS))
-        self.budget = budget
+        self.budget_gmacs = budget_gmacs
         self.calls = 0
         self.budgets: list[float | None] = []
         self.costs: list[float] = []
@@ -53,12 +53,12 @@ class FakePredictor:
     def __call__(
         self,
         image: np.ndarray[Any, np.dtype[np.uint8]],
-        budget: float | None = None,
+        budget_gmacs: float | None = None,
         grid_override: int | None = None,
         min_score: float = 0.0,
     ) -> Instances:
         self.calls += 1
-        self.budgets.append(budget)
+        self.budgets.append(budget_gmacs)
         if self._error is not None and self.calls == self._at:
             raise self._error
         found = make_instances(self._count, image.shape[:2], seed=self.calls)

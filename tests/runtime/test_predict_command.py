@@ -84,16 +84,36 @@ def test_a_photograph_is_never_written_over(bundle, photo, tmp_path, monkeypatch
     assert photo.read_bytes() == before
 
 
-@pytest.mark.parametrize(("grid", "expected"), [("28", {28}), ("routed", {112, 14, 56})])
+@pytest.mark.parametrize(("grid", "expected"), [("uniform-28", {28}), ("routed", {112, 14, 56}), ("routed@50%", {14})])
 def test_the_grid_is_chosen(bundle, photo, tmp_path, grid, expected):
     run("predict", bundle, photo, "--grid", grid, "--json", tmp_path / "found.json")
     (record,) = json.loads((tmp_path / "found.json").read_text())["images"]
     assert {detection["grid"] for detection in record["detections"]} == expected
 
 
-def test_a_budget_with_a_fixed_grid_is_refused(bundle, photo):
-    result = run("predict", bundle, photo, "--grid", "28", "--budget", "0.1")
-    assert isinstance(result.exception, InputError) and "--budget 0.1 is for --grid routed" in str(result.exception)
+def test_an_unknown_policy_is_refused(bundle, photo):
+    result = run("predict", bundle, photo, "--grid", "28")
+    assert isinstance(result.exception, InputError) and "'28' is not a grid policy; take routed" in str(result.exception)
+
+
+def test_a_folder_is_read_as_its_images(bundle, photo, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.png", "a.png"):
+        (folder / name).write_bytes(photo.read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    result = run("predict", bundle, folder, photo, "--json", tmp_path / "found.json", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    records = json.loads((tmp_path / "found.json").read_text())["images"]
+    assert [record["file_name"] for record in records] == [str(folder / "a.png"), str(folder / "b.png"), str(photo)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "photo.png"]
+    limited = run("predict", bundle, folder, photo, "--limit", 1)
+    assert limited.stdout.count("\n") == 1 and "a.png" in limited.stdout
+
+
+def test_a_folder_without_images_is_refused(bundle, tmp_path):
+    result = run("predict", bundle, tmp_path)
+    assert isinstance(result.exception, InputError) and "holds no image" in str(result.exception)
 
 
 def test_a_bad_image_is_named_and_the_others_still_run(bundle, photo, tmp_path):

@@ -52,14 +52,14 @@ def test_every_mask_goes_to_its_own_instance(predictor):
 
 
 def test_budget_and_grid_are_chosen_per_call(predictor, bundle):
-    assert predictor(WHITE, budget=0.2).grids.tolist() == [14] * 4
+    assert predictor(WHITE, budget_gmacs=0.2).grids.tolist() == [14] * 4
     for k, grid in enumerate(GRIDS):
         assert predictor(WHITE, grid_override=k).grids.tolist() == [grid] * 4
     assert predictor(WHITE, grid_override=np.array([0, 1, -1, 3, -1, -1])).grids.tolist() == [14, 28, 56, 112]
     assert predictor(WHITE).grids.tolist() == [112, 14, 56, 14]
-    with load(bundle, budget=0.2) as tight:
+    with load(bundle, budget_gmacs=0.2) as tight:
         assert tight(WHITE).grids.tolist() == [14] * 4
-        assert tight(WHITE, budget=0).grids.tolist() == [112, 14, 56, 14]
+        assert tight(WHITE, budget_gmacs=0).grids.tolist() == [112, 14, 56, 14]
 
 
 def drawn(*sizes):
@@ -74,7 +74,7 @@ def check_equal(found, expected):
     assert found.size == expected.size and found.times_ms.keys() == expected.times_ms.keys()
 
 
-@pytest.mark.parametrize("options", [{}, {"budget": 0.2}, {"grid_override": np.array([3, 2, 1, 0, -1, -1]), "min_score": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"budget_gmacs": 0.2}, {"grid_override": np.array([3, 2, 1, 0, -1, -1]), "min_score": 0.5}])
 def test_a_batch_is_what_is_found_one_by_one(predictor, synthetic, options):
     images = drawn((128, 96), (30, 200), (1, 1), (64, 64), (300, 40))
     several = Predictor(predictor.bundle, synthetic.EngineOfSeveral(predictor.engine, 2))
@@ -102,7 +102,7 @@ def test_nothing_of_a_wrong_batch_runs(predictor, synthetic):
     several = Predictor(predictor.bundle, synthetic.EngineOfSeveral(predictor.engine, 2))
     with pytest.raises(InputError, match="uint8 RGB"):
         several.batch([WHITE, WHITE, WHITE[..., 0]])
-    with pytest.raises(InputError, match="chooses no grid"):
+    with pytest.raises(InputError, match="a grid_override of 7 does not exist"):
         several.batch([WHITE], grid_override=7)
     with pytest.raises(InputError, match=r"the shape \[12\] for 6 slots; give one value, or one for each of them"):
         several.batch([WHITE] * 2, grid_override=np.zeros(12, np.int64))
@@ -211,7 +211,7 @@ def test_a_wrong_call_is_refused(predictor, bundle):
     for image in (WHITE[..., 0], WHITE.astype(np.float32), WHITE[:0], "photo.jpg", np.zeros((4, 4, 4), np.uint8)):
         with pytest.raises(InputError, match="uint8 RGB"):
             predictor(image)
-    for changes in ({"budget": -1.0}, {"budget": float("nan")}, {"grid_override": 5}):
+    for changes in ({"budget_gmacs": -1.0}, {"budget_gmacs": float("nan")}, {"grid_override": 5}):
         with pytest.raises(InputError):
             predictor(WHITE, **changes)
     with pytest.raises(InputError, match="threads"):

@@ -11,7 +11,7 @@ import pytest
 from runtime.errors import InputError
 from runtime.graph import GRIDS
 from runtime.instances import ClassName, Instances
-from runtime.validate import parse_policy, percentiles, read_coco, validate
+from runtime.validate import read_coco, validate
 
 GMACS = {14: 0.25, 28: 0.5, 56: 0.75, 112: 1.0}
 CLASSES = [ClassName(4, "disc"), ClassName(9, "star")]
@@ -29,9 +29,9 @@ class _Predictor:
         self.boxes = boxes
         self.calls = []
 
-    def __call__(self, image, budget=None, grid_override=None):
+    def __call__(self, image, budget_gmacs=None, grid_override=None, min_score=0.0):
         number = int(image[0, 0, 0]) // 20
-        self.calls.append((number, budget, grid_override))
+        self.calls.append((number, budget_gmacs, grid_override))
         boxes, labels = self.boxes[number]
         start = time.perf_counter()
         by_msm = np.array([GRID_OF_CLASS[label] for label in labels], np.int64)
@@ -217,31 +217,6 @@ def test_data_sets_that_do_not_fit_are_refused(data, boxes):
         read_coco(data / "nowhere")
     with pytest.raises(InputError, match="is not a folder"):
         read_coco(data / "instances.json", data / "elsewhere")
-
-
-@pytest.mark.parametrize(
-    ("name", "budget", "override"),
-    [
-        ("routed", 0.0, -1),
-        ("routed@50%", 0.5, -1),
-        ("routed@0.6", 0.6, -1),
-        ("uniform-14", 0.0, 0),
-        ("uniform-56", 0.0, 2),
-        ("size-based", 0.0, 4),
-    ],
-)
-def test_policies_are_read(name, budget, override):
-    assert parse_policy(name, GMACS) == (name, budget, override)
-
-
-@pytest.mark.parametrize("name", ["", "uniform", "uniform-7", "routed@", "routed@x", "routed@-1", "routed@nan%", "size-based@1", "largest"])
-def test_unknown_policies_are_refused(name):
-    with pytest.raises(InputError):
-        parse_policy(name, GMACS)
-
-
-def test_percentiles_interpolate():
-    assert percentiles([float(i) for i in range(101)]) == {"p50": 50, "p95": 95, "p99": 99, "mean": 50}
 
 
 def test_real_annotations_are_read(shared_data):

@@ -1,0 +1,86 @@
+"""Grids, cost and latency over many images: what `stream` and `validate` report."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from runtime.instances import Instances
+    from runtime.predictor import Predictor
+
+PARTS = ("preprocess", "detector", "masks", "paste")
+"""The parts of an image's latency, in order: scaling to the canvas and normalising, detector, mask branch, pasting of the masks."""
+TOTAL = "total"
+"""From the decoded image to the pasted masks."""
+LATENCIES = (*PARTS, TOTAL)
+QUANTILES = ("p50", "p95", "p99")
+
+
+def timed_prediction(
+    predictor: Predictor, image: npt.NDArray[np.uint8], budget_gmacs: float, grid_override: int, min_score: float = 0.0
+) -> Instances:
+    """The instances in an image with their masks pasted; `times_ms` has all of `LATENCIES`.
+
+    The arguments are those of `Predictor.__call__`.
+    """
+    start = time.perf_counter()
+    instances = predictor(image, budget_gmacs, grid_override, min_score)
+    before_paste = time.perf_counter()
+    deque(instances.crops(), maxlen=0)  # The instances keep their crops: nobody pastes again.
+    end = time.perf_counter()
+    instances.times_ms = {**instances.times_ms, "paste": 1000 * (end - before_paste), TOTAL: 1000 * (end - start)}
+    return instances
+
+
+class RunStatistics:
+    """Collects the grids and latencies of many images."""
+
+    def __init__(self, grid_gmacs: Mapping[int, float]) -> None:
+        """`grid_gmacs`: cumulative cost of each grid in GMAC."""
+        self._grid_gmacs = grid_gmacs
+        self._counts: Counter[int] = Counter()
+        self._times_ms = {part: array("d") for part in LATENCIES}
+
+    def add(self, instances: Instances) -> None:
+        """Count the instances of one image, with `times_ms` as `timed_prediction` gives them."""
+        self._counts.update(instances.grids.tolist())
+        for part, times in self._times_ms.items():
+            times.append(instances.times_ms[part])
+
+    def summary(self) -> dict[str, Any]:
+        """`instances`, `gmacs` and `share` of `grid_statistics`, and `latency_ms`: the `percentiles` of each of `LATENCIES`."""
+        latency_ms = {part: percentiles(times) for part, times in self._times_ms.items() if times}
+        return {**grid_statistics(self._counts, self._grid_gmacs), "latency_ms": latency_ms}
+
+
+def grid_statistics(counts: Mapping[int, int], grid_gmacs: Mapping[int, float]) -> dict[str, Any]:
+    """What the instances cost, and how they are spread over the grids.
+
+    Args:
+        counts: the number of instances of each grid (14, 28, 56, 112); a grid without instances may be absent.
+        grid_gmacs: cumulative cost of each grid in GMAC.
+
+    Returns:
+        `instances`, their number; `gmacs`, the mean GMAC per instance, None without instances; `share`, each grid's share of the
+        instances (`{"14": 0.0 to 1.0, …}`), all 0 without instances.
+    """
+    by_grid = {grid: counts.get(grid, 0) for grid in sorted(grid_gmacs)}
+    total = sum(by_grid.values())
+    return {
+        "instances": total,
+        "gmacs": sum(count * grid_gmacs[grid] for grid, count in by_grid.items()) / total if total else None,
+        "share": {str(grid): count / total if total else 0.0 for grid, count in by_grid.items()},
+    }
+
+
+def percentiles(values: Sequence[float] | array[float]) -> dict[str, float]:
+    """`p50`, `p95`, `p99` (interpolated linearly) and `mean` of the values, in their unit."""
+    quantiles = np.percentile(values, [int(name[1:]) for name in QUANTILES])
+    return {**dict(zip(QUANTILES, quantiles.tolist(), strict=True)), "mean": float(np.mean(values))}
