@@ -68,11 +68,11 @@ def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
     """
     from dynamask.data.shapes import write_dataset, write_video
     from export.export import export_bundle
+    from export.onnxruntime_engine import build_onnxruntime
     from runtime.bundle import Bundle
     from runtime.files import write_json
     from runtime.predictor import load
     from runtime.report import example_pictures, write_report
-    from runtime.targets.onnxruntime import build
     from runtime.validate import POLICIES, read_coco, validate
 
     checkpoint = carried_checkpoint()
@@ -86,7 +86,7 @@ def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
     with _step("Exporting the model (lite0) to ONNX, compared with PyTorch", "export", seconds):
         exported = export_bundle(checkpoint, bundle, None, sorted((data / "images").iterdir())[:PARITY_IMAGES])
     with _step("Building the ONNX Runtime engine", "engine", seconds):
-        build(Bundle.open(bundle))
+        build_onnxruntime(Bundle.open(bundle))
     with load(bundle, "onnxruntime", threads=threads) as predictor:
         with _step("Streaming the video: decoding, segmenting, drawing, encoding", "stream", seconds):
             streamed = _stream(predictor, video, output)

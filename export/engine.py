@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import onnx
 from pydantic import ValidationError
@@ -23,17 +23,18 @@ from pydantic import ValidationError
 import dynamask
 import trt_plugins
 from export.lowering import Lowered, lower
+from export.onnxruntime_engine import build_onnxruntime
 from export.precision import emulate_fp16, to_fp16
 from export.seams import read_facts
 from export.serialized_engine import Progress, build_serialized
 from runtime.bundle import MANIFEST, MODEL, Bundle, Canvas, EngineEntry, Profile
-from runtime.cuda import Driver, open_driver
 from runtime.errors import InputError
-from runtime.targets.base import check_target
-from runtime.targets.tensorrt import ENGINE
+from runtime.targets.registry import check_target
 from trt_plugins.aot import compile_kernels
+from trt_plugins.driver import Driver, open_driver
+from trt_plugins.engine import ENGINE
 from trt_plugins.kernels import COMPUTE_CAPABILITIES, KNOWN_CAPABILITIES, KernelLibrary
-from trt_plugins.tensorrt import TensorRTTarget, load
+from trt_plugins.tensorrt import load
 
 PRECISIONS = ("fp32", "fp16")
 INPUTS = "inputs"
@@ -88,7 +89,7 @@ def build_engine(
             )
         entry, details = _build_onnxruntime(opened, precision, capabilities)
     else:
-        entry, details = _build_tensorrt(opened, cast(TensorRTTarget, target), precision, capabilities, profile, progress)
+        entry, details = _build_tensorrt(opened, target, precision, capabilities, profile, progress)
     return {
         "engine": str(Path(bundle, "engines", target)),
         "bytes": sum(file.bytes for file in entry.files.values()),
@@ -113,18 +114,16 @@ def _profile(batch: tuple[int, int, int], canvas: tuple[Canvas, Canvas, Canvas])
 
 
 def _build_onnxruntime(bundle: Bundle, precision: str, capabilities: Sequence[str]) -> tuple[EngineEntry, dict[str, Any]]:
-    from runtime.targets.onnxruntime import build
-
     if capabilities:
         raise InputError(
             f"The target onnxruntime runs on the CPU, whatever the compute capability ({', '.join(capabilities)}); leave it out."
         )
-    entry = build(bundle, precision, (lambda part: emulate_fp16(to_fp16(part))) if precision == "fp16" else None)
+    entry = build_onnxruntime(bundle, precision, (lambda part: emulate_fp16(to_fp16(part))) if precision == "fp16" else None)
     return entry, {"plugins": [], "plugin_nodes": {}, "rewrites": [], "kernels": [], "reused": False}
 
 
 def _build_tensorrt(
-    bundle: Bundle, target: TensorRTTarget, precision: str, capabilities: Sequence[str], profile: Profile, progress: Progress
+    bundle: Bundle, target: str, precision: str, capabilities: Sequence[str], profile: Profile, progress: Progress
 ) -> tuple[EngineEntry, dict[str, Any]]:
     trt = load(target)
     driver = _driver(target)
@@ -174,7 +173,7 @@ def _read_graph(bundle: Bundle, precision: str) -> onnx.ModelProto:
     return to_fp16(model) if precision == "fp16" else model
 
 
-def _driver(target: TensorRTTarget) -> Driver | None:
+def _driver(target: str) -> Driver | None:
     try:
         return open_driver()
     except InputError:

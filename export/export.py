@@ -20,12 +20,14 @@ from dynamask.inference import detect
 from dynamask.model import DynaMask, build_model
 from dynamask.train.checkpoint import load_model
 from export.graph import export_graph
+from export.onnxruntime_engine import build_onnxruntime
 from export.parity import measure_parity
 from runtime.bundle import MODEL, Bundle, Manifest
 from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS
 from runtime.images import read_image
 from runtime.preprocess import letterbox_normalise
+from runtime.targets.registry import open_engine
 
 PARITY_IMAGES = 4
 """Generated images that parity is measured on where no others are given."""
@@ -125,10 +127,7 @@ def _manifest(model: DynaMask) -> Manifest:
 
 
 def _parity(model: DynaMask, draft: Bundle, images: Sequence[Path] | None) -> dict[str, Any]:
-    from runtime.targets.base import open_engine
-    from runtime.targets.onnxruntime import build
-
-    build(draft)
+    build_onnxruntime(draft)
     with open_engine(draft, "onnxruntime") as engine:
         parity = measure_parity(model, engine, _canvases(model, images)).as_dict()
     if not parity["holds"]:

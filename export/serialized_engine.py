@@ -16,13 +16,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from runtime.cuda import Driver, open_driver
 from runtime.errors import DynaMaskError
 from runtime.files import atomic_path, user_cache
-from runtime.targets.tensorrt import KernelLauncher
+from trt_plugins.driver import Driver, open_driver
 from trt_plugins.kernels import KernelLibrary
+from trt_plugins.launcher import KernelLauncher
 from trt_plugins.plugin import Launcher, register
-from trt_plugins.tensorrt import TensorRT, TensorRTTarget, load
+from trt_plugins.tensorrt import TensorRT, load
 
 if TYPE_CHECKING:
     import tensorrt
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a phase's name, how many of its steps are done, and how many it has. Phases lie in one another."""
 
 
-def build_serialized(target: TensorRTTarget, model: Path, engine: Path, library: KernelLibrary, ranges: Ranges, progress: Progress) -> None:
+def build_serialized(target: str, model: Path, engine: Path, library: KernelLibrary, ranges: Ranges, progress: Progress) -> None:
     """Build an engine of a lowered ONNX graph, from file to file.
 
     Args:
@@ -70,7 +70,7 @@ def _log(engine: Path) -> Path:
     return engine.with_suffix(".log")
 
 
-def _work(sender: Connection, target: TensorRTTarget, model: Path, engine: Path, library: KernelLibrary, ranges: Ranges) -> None:
+def _work(sender: Connection, target: str, model: Path, engine: Path, library: KernelLibrary, ranges: Ranges) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in a terminal ends this process without a traceback.
     # TensorRT prints what plugins raise, with tracebacks.
     with _log(engine).open("wb") as log:
@@ -93,7 +93,7 @@ def _work(sender: Connection, target: TensorRTTarget, model: Path, engine: Path,
 
 
 @contextlib.contextmanager
-def _driver(target: TensorRTTarget, library: KernelLibrary) -> Iterator[tuple[Driver | None, Launcher | None]]:
+def _driver(target: str, library: KernelLibrary) -> Iterator[tuple[Driver | None, Launcher | None]]:
     """The GPU that the full TensorRT times its layers on, and what launches the plugins' kernels there."""
     if target == "tensorrt-rtx":
         yield None, None

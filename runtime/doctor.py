@@ -9,8 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from runtime.cuda import open_driver
 from runtime.errors import InputError
+from runtime.targets.registry import TARGETS, find_target
 
 _GPU_FIELDS = ("name", "memory_mib", "driver", "compute_capability")
 _GPU_QUERY = "name,memory.total,driver_version,compute_cap"
@@ -35,12 +35,7 @@ def examine() -> dict[str, Any]:
             "memory_gib": _memory_gib(),
         },
         "gpus": find_gpus(),
-        "targets": {
-            "onnxruntime": _onnxruntime(),
-            "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
-            "tensorrt": _tensorrt("tensorrt"),
-            "torch": _torch(),
-        },
+        "targets": {**{target: _status(target) for target in TARGETS}, "torch": _torch()},
     }
 
 
@@ -62,61 +57,19 @@ def find_gpus() -> list[dict[str, Any]]:
     return [{**gpu, "memory_mib": int(gpu["memory_mib"]) if gpu["memory_mib"].isdigit() else None} for gpu in gpus]
 
 
-def _onnxruntime() -> dict[str, Any]:
+def _status(target: str) -> dict[str, Any]:
     try:
-        import onnxruntime
-    except ImportError as error:
-        return {**_missing(f"pip install onnxruntime ({error})"), "providers": [], "deform_conv": None}
-    deform_conv = _deform_conv()
-    if deform_conv is None:
-        note = "Runs engines; to build them too: pip install onnx."
-    elif deform_conv:
-        note = "Builds and runs engines."
-    else:
-        note = "Builds and runs engines, more slowly than a release that has DeformConv: pip install --upgrade onnxruntime."
-    return {
-        "available": True,
-        "version": onnxruntime.__version__,
-        "note": note,
-        "providers": onnxruntime.get_available_providers(),
-        "deform_conv": deform_conv,
-    }
-
-
-def _deform_conv() -> bool | None:
-    from runtime.targets.onnxruntime import has_deform_conv
-
-    try:
-        return has_deform_conv()
-    except ImportError:
-        return None
-
-
-def _tensorrt(target: str) -> dict[str, Any]:
-    from runtime.targets.tensorrt import library_version
-
-    try:
-        version = library_version(target)
+        return find_target(target).status()
     except InputError as error:
         return {"available": False, "version": None, "note": str(error)}
-    try:
-        driver = open_driver()
-    except InputError as error:
-        return {"available": False, "version": version, "note": f"Builds engines. {error}"}
-    note = f"Builds engines, and runs them on {driver.device} of compute capability {driver.compute_capability}."
-    return {"available": True, "version": version, "note": note}
 
 
 def _torch() -> dict[str, Any]:
     # Its version is read from the package's metadata: to import PyTorch here would break the rule that the runtime never does.
     version = _version("torch")
     if version is None:
-        return _missing("pip install torch torchvision")
+        return {"available": False, "version": None, "note": "Not installed: pip install torch torchvision."}
     return {"available": True, "version": version, "note": "Trains and exports; the reference that engines are compared with."}
-
-
-def _missing(install: str) -> dict[str, Any]:
-    return {"available": False, "version": None, "note": f"Not installed: {install}."}
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,8 @@ from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM, SIZE_BASED
 from runtime.instances import Instances
 from runtime.preprocess import filled_canvas, letterbox_normalise
-from runtime.targets.base import Engine, EngineOutput, GridOverride, open_engine, slot_overrides
+from runtime.targets.base import Engine, EngineOutput, GridOverride, slot_overrides
+from runtime.targets.registry import open_engine
 
 
 def load(

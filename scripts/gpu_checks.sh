@@ -54,7 +54,7 @@ from export.export import export_bundle
 from runtime.bundle import Bundle
 from runtime.doctor import find_gpus
 from runtime.files import write_json
-from runtime.targets.base import open_engine
+from runtime.targets.registry import open_engine
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,6 +22,14 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real images: {SHARED_DATA} does not exist")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """The module `synthetic_bundle`: a bundle with known boxes and masks."""
+    from tests.runtime import synthetic_bundle
+
+    return synthetic_bundle
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

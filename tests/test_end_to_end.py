@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from cli.demo import carried_checkpoint
 from cli.main import app
 from dynamask.data.shapes import draw_image, write_dataset, write_video
+from export.deform_conv_fallback import replace_deform_conv
 from export.export import export_bundle
+from export.onnxruntime_engine import build_onnxruntime
 from runtime.bundle import MODEL, Bundle
 from runtime.errors import InputError
 from runtime.predictor import Predictor, load
@@ -22,8 +24,7 @@ from runtime.preprocess import letterbox_normalise
 from runtime.sinks import JsonLinesSink, VideoSink
 from runtime.sources import open_source
 from runtime.stream import run_stream
-from runtime.targets.deform_conv_fallback import replace_deform_conv
-from runtime.targets.onnxruntime import build, has_deform_conv
+from runtime.targets.onnxruntime import has_deform_conv
 from runtime.validate import read_coco, validate
 
 GRIDS = (14, 28, 56, 112)
@@ -45,7 +46,7 @@ def dataset(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def bundle(folder: Path, dataset: Path) -> Path:
     export_bundle(carried_checkpoint(), folder / "bundle", None, sorted((dataset / "images").iterdir())[:1])
-    build(Bundle.open(folder / "bundle"))
+    build_onnxruntime(Bundle.open(folder / "bundle"))
     return folder / "bundle"
 
 
@@ -72,7 +73,7 @@ def test_the_graph_agrees_with_pytorch_on_real_images(bundle: Path, shared_data:
     from dynamask.train.checkpoint import load_model
     from export.parity import measure_parity
     from runtime.images import read_image
-    from runtime.targets.base import open_engine
+    from runtime.targets.registry import open_engine
 
     model, config, _ = load_model(carried_checkpoint())
     paths = sorted((shared_data / "coco_mini" / "val").glob("*.jpg"))[:3]

@@ -11,15 +11,13 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
     import tensorrt
-
-TensorRTTarget = Literal["tensorrt-rtx", "tensorrt"]
 
 _MODULES: dict[str, tuple[str, ...]] = {
     # The second is what the first re-exports; its wheels install where the first, a source package, may not.
@@ -72,8 +70,8 @@ class TensorRT(Protocol):
         """NumPy's type."""
 
 
-def load(target: TensorRTTarget) -> TensorRT:
-    """TensorRT's Python module for a target: `tensorrt_rtx` or `tensorrt`.
+def load(target: str) -> TensorRT:
+    """TensorRT's Python module for the target `tensorrt-rtx` or `tensorrt`: `tensorrt_rtx` or `tensorrt`.
 
     Raises:
         InputError: it is not installed or does not load, or TensorRT for RTX would abort this process at the first plugin.

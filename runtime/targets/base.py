@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.cuda import open_driver
 from runtime.errors import InputError
 from runtime.graph import MSM
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle, Manifest, Profile
-
-TARGETS = ("tensorrt-rtx", "tensorrt", "onnxruntime")
-"""The best first."""
 
 GridOverride = int | npt.NDArray[np.int64] | None
 """One value for all slots or one for each: -1 the model decides, 0..3 that grid, 4 the size-based rule; None is -1."""
@@ -92,6 +87,36 @@ class Engine(Protocol):
         """
 
 
+class Target(Protocol):
+    """A kind of engine, known by its name: `onnxruntime`, `tensorrt-rtx`, `tensorrt`."""
+
+    name: str
+
+    def check_installed(self) -> None:
+        """Raise `InputError` if the target's library is not installed or does not load."""
+
+    def check_device(self) -> None:
+        """Raise `InputError` if the device that the target's engines run on, or its driver, is missing; loads no large library."""
+
+    def open(self, bundle: Bundle, threads: int | None) -> Engine:
+        """The bundle's engine for this target, loaded.
+
+        Args:
+            threads: CPU threads, or None for the target's own choice; a target that runs elsewhere ignores it.
+
+        Raises:
+            InputError: the engine is not built or does not load, or the library, the driver or the device is missing.
+        """
+
+    def status(self) -> dict[str, Any]:
+        """What this machine can do with the target, for `dynamask doctor`.
+
+        Returns:
+            `available` (whether engines run here), `version` of the library or None, and `note`: one sentence on what it does here, or
+            how to get it.
+        """
+
+
 def check_fits(shape: Sequence[int], profile: Profile, bundle: Path, target: str) -> None:
     """Whether the engine of a bundle for a target, with its profile, takes an input of this shape.
 
@@ -106,7 +131,7 @@ def check_fits(shape: Sequence[int], profile: Profile, bundle: Path, target: str
     raise InputError(
         f"The engine for {target} of {bundle} takes [B, 3, H, W] with B up to {images} and HxW of {sizes}, multiples of 32, and no "
         f"{list(shape)}; give it such, or build one that takes more with dynamask build-engine {bundle} "
-        f"--target {TARGETS[0] if target == 'onnxruntime' else target}, --batch and --size."
+        f"--target {'tensorrt-rtx' if target == 'onnxruntime' else target}, --batch and --size."
     )
 
 
@@ -120,54 +145,3 @@ def slot_overrides(grid_override: GridOverride, slots: int) -> npt.NDArray[np.in
     if given.shape not in ((), (slots,)):
         raise InputError(f"grid_override has the shape {list(given.shape)} for {slots} slots; give one value, or one for each of them.")
     return np.full(slots, given, np.int64)
-
-
-def open_engine(bundle: Bundle, target: str = "auto", threads: int | None = None) -> Engine:
-    """The bundle's engine for a target, loaded.
-
-    Args:
-        bundle: an opened one.
-        target: `auto` takes the best target that is built and can run here.
-        threads: CPU threads; None leaves the target's choice, and TensorRT has none.
-
-    Raises:
-        InputError: no such target, its library, its driver or its GPU is missing, or its engine is not built or does not load.
-    """
-    if threads is not None and threads < 1:
-        raise InputError(f"{threads} threads cannot run an engine; give 1 or more.")
-    if target == "auto":
-        target = next((name for name in TARGETS if name in bundle.manifest.engines and _runs_here(name)), "onnxruntime")
-    check_target(target)
-    if target == "onnxruntime":
-        from runtime.targets.onnxruntime import OnnxRuntimeEngine
-
-        return OnnxRuntimeEngine(bundle, threads)
-    from runtime.targets.tensorrt import TensorRTEngine
-
-    return TensorRTEngine(bundle, target)
-
-
-def check_target(target: str) -> None:
-    """Refuse what is not installed here. Engines for a GPU are built without one: its driver is looked for when they are opened.
-
-    Raises:
-        InputError: no such target, or its library is not installed or does not load.
-    """
-    if target not in TARGETS:
-        raise InputError(f"{target} is not a target; take one of {', '.join(TARGETS)}.")
-    if target != "onnxruntime":
-        from runtime.targets.tensorrt import library_version
-
-        library_version(target)
-    elif importlib.util.find_spec("onnxruntime") is None:
-        raise InputError(f"the target {target} needs ONNX Runtime, which is not installed; run pip install onnxruntime.")
-
-
-def _runs_here(target: str) -> bool:
-    try:
-        if target != "onnxruntime":
-            open_driver()  # Before TensorRT, which takes longer to import.
-        check_target(target)
-    except InputError:
-        return False
-    return True

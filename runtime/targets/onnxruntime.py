@@ -5,29 +5,55 @@ The instances of every stage are selected inside the graph, by standard operator
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from runtime.bundle import MANIFEST, MODEL, Bundle, EngineEntry, Profile
-from runtime.errors import DynaMaskError, InputError
-from runtime.graph import DETECTIONS, DETECTOR_INPUTS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
+from runtime.bundle import MANIFEST, Bundle, Profile
+from runtime.errors import InputError
+from runtime.graph import DETECTIONS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
 from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, slot_overrides
-
-if TYPE_CHECKING:
-    import onnx
 
 TARGET = "onnxruntime"
 DETECTOR = "detector.onnx"
 MASKS = "masks.onnx"
-_PROVIDERS = ["CPUExecutionProvider"]
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+class OnnxRuntimeTarget:
+    """ONNX Runtime on the CPU; a `runtime.targets.base.Target`."""
+
+    def __init__(self, name: str = TARGET) -> None:
+        self.name = name
+
+    def check_installed(self) -> None:
+        """As `Target.check_installed`: this module imports ONNX Runtime."""
+
+    def check_device(self) -> None:
+        """As `Target.check_device`: the CPU is always there."""
+
+    def open(self, bundle: Bundle, threads: int | None) -> OnnxRuntimeEngine:
+        """As `Target.open`."""
+        return OnnxRuntimeEngine(bundle, threads)
+
+    def status(self) -> dict[str, Any]:
+        """As `Target.status`, and `providers` and `deform_conv`: whether it runs that operator, None where onnx is not installed."""
+        deform_conv: bool | None
+        try:
+            deform_conv = has_deform_conv()
+        except ImportError:
+            deform_conv = None
+            note = "Runs engines; to build them too: pip install onnx."
+        else:
+            slower = ", more slowly than a release that has DeformConv: pip install --upgrade onnxruntime"
+            note = f"Builds and runs engines{'' if deform_conv else slower}."
+        providers = ort.get_available_providers()
+        return {"available": True, "version": ort.__version__, "note": note, "providers": providers, "deform_conv": deform_conv}
 
 
 class OnnxRuntimeEngine:
@@ -116,73 +142,13 @@ def _value(value: Any) -> Any:
 def _session(bundle: Bundle, name: str, options: Any) -> Any:
     path = bundle.path / "engines" / TARGET / name
     try:
-        return ort.InferenceSession(str(path), options, providers=_PROVIDERS)
+        return ort.InferenceSession(str(path), options, providers=PROVIDERS)
     except Exception as error:  # ONNX Runtime's exceptions share no public base.
         built = bundle.manifest.engines[TARGET].versions.get("onnxruntime", "?")
         raise InputError(
-            f"{path}, built for ONNX Runtime {built}, does not load in {ort.__version__} ({_first_line(error)}); "
+            f"{path}, built for ONNX Runtime {built}, does not load in {ort.__version__} ({first_line(error)}); "
             f"build it again with dynamask build-engine {bundle.path} --target {TARGET}."
         ) from error
-
-
-def build(bundle: Bundle, precision: str = "fp32", convert: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None) -> EngineEntry:
-    """Cut the bundle's graph into detector and mask branch, and add both to the bundle as its `onnxruntime` engine.
-
-    Where the installed ONNX Runtime has no `DeformConv`, its nodes are replaced by standard operators.
-
-    Args:
-        precision: of the weights, as the manifest will name it.
-        convert: makes it so; takes each of the two parts, and keeps the types of its inputs and outputs.
-
-    Raises:
-        InputError: onnx is not installed, or the model is damaged or lacks the graph's tensors.
-        DynaMaskError: ONNX Runtime does not load what was built, or it could not be written.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        raise InputError("building an ONNX Runtime engine needs onnx, which is not installed; run pip install onnx.") from error
-    model = _load(bundle.path / MODEL)
-    if not has_deform_conv():
-        from runtime.targets.deform_conv_fallback import replace_deform_conv
-
-        replace_deform_conv(model)
-    parts = {
-        DETECTOR: _cut(bundle, model, DETECTOR_INPUTS, (*PYRAMID, *DETECTIONS)),
-        MASKS: _cut(bundle, model, (*PYRAMID, *DETECTIONS, *MASK_CONTROLS), MASK_OUTPUTS),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: Path(folder) / name for name in parts}
-        for name, part in parts.items():
-            onnx.save(convert(part) if convert else part, files[name])
-            _check_loads(files[name])
-        return bundle.add_engine(TARGET, files, precision, {"onnxruntime": ort.__version__, "onnx": onnx.__version__})
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    import onnx
-
-    try:
-        # Where the graph is cut, its tensors need their types and shapes.
-        return onnx.shape_inference.infer_shapes(onnx.load(path))
-    except Exception as error:  # protobuf's and onnx's exceptions share no public base.
-        raise InputError(f"{path} could not be read as ONNX ({_first_line(error)}); export the bundle again.") from error
-
-
-def _cut(bundle: Bundle, model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
-    import onnx.utils
-
-    try:
-        return onnx.utils.Extractor(model).extract_model(list(inputs), list(outputs))
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{bundle.path / MODEL} is not a DynaMask graph ({_first_line(error)}); export the bundle again.") from error
-
-
-def _check_loads(path: Path) -> None:
-    try:
-        ort.InferenceSession(str(path), providers=_PROVIDERS)
-    except Exception as error:  # ONNX Runtime's exceptions share no public base.
-        raise DynaMaskError(f"ONNX Runtime {ort.__version__} does not load the {path.stem} it was given ({_first_line(error)}).") from error
 
 
 def has_deform_conv() -> bool:
@@ -197,12 +163,13 @@ def has_deform_conv() -> bool:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
-        ort.InferenceSession(model.SerializeToString(), options, providers=_PROVIDERS)
+        ort.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS)
     except Exception:  # NotImplemented and Fail share no public base; any of them means no.
         return False
     return True
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's message up to its first line break, or its type where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

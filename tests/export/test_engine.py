@@ -26,8 +26,8 @@ from export.seams import FACTS
 from export.serialized_engine import build_serialized
 from runtime.bundle import MANIFEST, MODEL, Bundle, Manifest, Profile
 from runtime.errors import DynaMaskError, InputError
-from runtime.targets.base import open_engine
-from runtime.targets.tensorrt import ENGINE
+from runtime.targets.registry import open_engine
+from trt_plugins.engine import ENGINE
 from trt_plugins.kernels import KernelLibrary
 
 pytest.importorskip("tensorrt_rtx")

@@ -9,10 +9,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from dynamask.model import DynaMask
+from export.deform_conv_fallback import replace_deform_conv
 from export.precision import DECISIONS, PREDICTIONS, emulate_fp16, to_fp16
 from export.seams import read_facts
 from runtime.errors import InputError
-from runtime.targets.deform_conv_fallback import replace_deform_conv
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 

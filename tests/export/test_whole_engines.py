@@ -9,7 +9,7 @@ import pytest
 from export.engine import build_engine
 from export.export import export_bundle
 from runtime.bundle import Bundle
-from runtime.targets.tensorrt import ENGINE
+from trt_plugins.engine import ENGINE
 from trt_plugins.kernels import COMPUTE_CAPABILITIES
 
 pytest.importorskip("tensorrt_rtx")

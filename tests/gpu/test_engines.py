@@ -20,11 +20,12 @@ from dynamask.data.shapes import draw_image
 from export.engine import build_engine
 from export.export import export_bundle
 from runtime.bundle import Bundle
-from runtime.cuda import open_driver
 from runtime.errors import InputError
 from runtime.preprocess import letterbox_normalise
-from runtime.targets.base import Engine, EngineOutput, check_target, open_engine
-from runtime.targets.tensorrt import TensorRTEngine
+from runtime.targets.base import Engine, EngineOutput
+from runtime.targets.registry import check_target, open_engine
+from trt_plugins.driver import open_driver
+from trt_plugins.engine import TensorRTEngine
 
 pytestmark = pytest.mark.gpu
 

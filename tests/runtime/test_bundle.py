@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from export.onnxruntime_engine import build_onnxruntime
 from runtime.bundle import Bundle, check_replaceable
 from runtime.errors import DynaMaskError, InputError
 from runtime.predictor import load
-from runtime.targets.onnxruntime import build
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_manifest_that_no_model_can_have_is_refused(bundle, fields):
 
 def test_a_class_that_the_manifest_lacks_is_no_index_error(tmp_path, synthetic):
     bundle = synthetic.create(tmp_path / "a.bundle", classes=[{"id": 1, "name": "leaf"}])  # the graph finds two
-    build(bundle)
+    build_onnxruntime(bundle)
     with (
         load(bundle, "onnxruntime", threads=1) as predictor,
         pytest.raises(InputError, match=r"a\.bundle has 1 classes .* class 1; export"),

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.onnxruntime_engine import build_onnxruntime
 from runtime.bundle import Bundle, Profile
 from runtime.errors import InputError
 from runtime.graph import GRIDS
 from runtime.predictor import Predictor, load
 from runtime.preprocess import letterbox_normalise
-from runtime.targets import onnxruntime as target
 from runtime.targets.base import EngineOutput
 
 WHITE = np.full((128, 96, 3), 255, np.uint8)
@@ -22,7 +22,7 @@ WHITE = np.full((128, 96, 3), 255, np.uint8)
 @pytest.fixture(scope="module")
 def bundle(synthetic, tmp_path_factory):
     bundle = synthetic.create(tmp_path_factory.mktemp("predictor") / "a.bundle")
-    target.build(bundle)
+    build_onnxruntime(bundle)
     return Bundle.open(bundle.path)
 
 
@@ -233,4 +233,4 @@ def test_a_model_that_is_no_dynamask_graph_is_refused(synthetic, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
     bundle = Bundle.create(tmp_path / "a.bundle", synthetic.manifest(), {"model.onnx": tmp_path / "bad.onnx"})
     with pytest.raises(InputError, match="could not be read as ONNX"):
-        target.build(bundle)
+        build_onnxruntime(bundle)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,22 +20,20 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle import Bundle, Canvas, EngineEntry, Profile
-from runtime.cuda import Driver, open_driver
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import atomic_path, user_cache
 from runtime.graph import GRIDS, INPUTS, OUTPUTS
 from runtime.targets.base import EngineOutput, GridOverride, check_fits, slot_overrides
-from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
+from trt_plugins.driver import open_driver
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
-from trt_plugins.operator import Buffer, KernelSpec, Launch
+from trt_plugins.launcher import KernelLauncher
 from trt_plugins.plugin import register
-from trt_plugins.tensorrt import TensorRT, TensorRTTarget, load, sizes
+from trt_plugins.runtime_cache import RuntimeCache, cache_path
+from trt_plugins.tensorrt import TensorRT, load, sizes
 
 if TYPE_CHECKING:
     import tensorrt
 
 ENGINE = "engine.bin"
-_LETTERS = {"i32": "i", "i64": "q", "fp32": "f"}
 _LOADING = threading.Lock()
 """Plugins take the launcher that is registered while their engine is loaded: one engine at a time."""
 
@@ -72,7 +69,7 @@ class TensorRTEngine:
             DynaMaskError: TensorRT or CUDA failed.
         """
         entry = bundle.engine(target)
-        trt = load(cast(TensorRTTarget, target))
+        trt = load(target)
         self.target = target
         self.manifest = bundle.manifest
         self.profile = entry.profile or Profile(canvas=(bundle.manifest.canvas,) * 3)
@@ -92,7 +89,7 @@ class TensorRTEngine:
                 self._plugins = register(trt, self._launcher)
                 with self._needing(self._path.stat().st_size):
                     self._engine = self._deserialise(trt, entry)
-                self._cache = _runtime_cache(trt, self._engine, entry, self._driver.device) if target == "tensorrt-rtx" else None
+                self._cache = self._runtime_cache(trt, entry) if target == "tensorrt-rtx" else None
                 with self._needing(self._engine.device_memory_size_v2):
                     self._context = self._create_context()
             # TensorRT keeps pointers to them, nothing more.
@@ -122,7 +119,7 @@ class TensorRTEngine:
 
         It does not grow. On top come what CUDA itself takes for its context, code that TensorRT for RTX compiles, and the mask branch's
         activations, as many as an image has instances: TensorRT takes them from the device's pool, which keeps up to
-        `runtime.cuda.POOL_BYTES` from one run to the next.
+        `trt_plugins.driver.POOL_BYTES` from one run to the next.
         """
         buffers = sum(tensor.room.nbytes for tensor in self._tensors.values())
         return self._path.stat().st_size + self._engine.device_memory_size_v2 + buffers
@@ -198,6 +195,10 @@ class TensorRTEngine:
             raise InputError(f"{self._path} takes and gives {', '.join(sorted(names))}, which is no DynaMask; {self._remedy}")
         return engine
 
+    def _runtime_cache(self, trt: TensorRT, entry: EngineEntry) -> RuntimeCache:
+        sha256 = next(file.sha256 for name, file in entry.files.items() if Path(name).name == ENGINE)
+        return RuntimeCache(trt, self._engine, cache_path(sha256, self._driver.device))
+
     def _create_context(self) -> tensorrt.IExecutionContext:
         with self._plugins.raising():
             created = self._engine.create_execution_context(*([] if self._cache is None else [self._cache.config]))
@@ -267,103 +268,6 @@ class TensorRTEngine:
         for name in self._allocators:
             if -1 in self._tensors[name].shape:  # TensorRT 10.16 is said to do so on a Jetson.
                 raise DynaMaskError(f"TensorRT did not tell how large the output {name} of {self._path} is; take another version of it.")
-
-
-class KernelLauncher:
-    """Launches an engine's kernels for its plugins; each is loaded when it is first needed.
-
-    After every kernel of the detections it records the event `detected`, so that its last record is where the mask branch begins.
-    """
-
-    def __init__(self, driver: Driver, kernels: Mapping[str, CompiledKernel], detected: Any, remedy: str) -> None:
-        self._driver = driver
-        self._kernels = kernels
-        self._detected = detected
-        self._remedy = remedy
-        self._loaded: dict[KernelSpec, Any] = {}
-
-    def __call__(self, launch: Launch, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:
-        """Enqueue a launch; the addresses are those that its buffers number.
-
-        Raises:
-            InputError: the engine was built without this kernel.
-            DynaMaskError: CUDA failed.
-        """
-        spec = launch.kernel
-        if spec not in self._loaded:
-            self._loaded[spec] = self._load(spec)
-        tensors = {"input": inputs, "output": outputs}
-
-        def value(argument: Buffer | int | float) -> int | float:
-            if not isinstance(argument, Buffer):
-                return argument
-            return workspace + argument.offset if argument.kind == "workspace" else tensors[argument.kind][argument.index]
-
-        # The last two: Triton's scratch memory, which these kernels do not use.
-        self._driver.launch(self._loaded[spec], launch.grid, stream, [*map(value, launch.arguments), 0, 0])
-        if spec.module == DETECTIONS_KERNELS:
-            self._driver.record(self._detected, stream)
-
-    def unload(self) -> None:
-        """Free the kernels; TensorRT does not free the plugins that refer to this launcher."""
-        self._loaded.clear()
-        self._kernels = {}
-        self._detected = None
-
-    def _load(self, spec: KernelSpec) -> Any:
-        kernel = self._kernels.get(spec.key)
-        if kernel is None:
-            raise InputError(f"The engine was built by another version of DynaMask, without the kernel {spec.key}; {self._remedy}")
-        if kernel.global_scratch or kernel.profile_scratch:
-            raise DynaMaskError(f"The kernel {spec.key} wants scratch memory of Triton's, which engines do not give.")
-        letters = "".join("P" if kind.startswith("*") else _LETTERS[kind] for _, kind in kernel.signature)
-        return self._driver.load_kernel(kernel.cubin, kernel.entry, letters + "PP", 32 * kernel.num_warps, kernel.shared)
-
-
-class RuntimeCache:
-    """What TensorRT for RTX compiles for the GPU when an engine first runs there, kept in a file for the next time.
-
-    The file only saves time: one that does not fit is refused by TensorRT, and one that cannot be written is done without.
-    """
-
-    def __init__(self, trt: TensorRT, engine: tensorrt.ICudaEngine, path: Path) -> None:
-        # TensorRT has no such thing.
-        self.config = cast(Any, engine).create_runtime_config()
-        """For `create_execution_context`."""
-        # The number of instances changes from frame to frame: kernels made for one number would be compiled without end.
-        self.config.dynamic_shapes_kernel_specialization_strategy = cast(Any, trt).DynamicShapesKernelSpecializationStrategy.NONE
-        self._cache = self.config.create_runtime_cache()
-        self._path = path
-        self._saved = b""
-        with contextlib.suppress(OSError):
-            content = path.read_bytes()
-            if self._cache.deserialize(content):
-                self._saved = content
-        self.config.set_runtime_cache(self._cache)
-
-    def save(self) -> None:
-        """Write the file, if there is something new."""
-        content = self._cache.serialize()
-        if content is None or bytes(content) == self._saved:
-            return
-        self._saved = bytes(content)
-        with contextlib.suppress(DynaMaskError), atomic_path(self._path) as temporary:
-            temporary.write_bytes(self._saved)
-
-
-def library_version(target: str) -> str:
-    """The version of the library of a target, `tensorrt-rtx` or `tensorrt`.
-
-    Raises:
-        InputError: it is not installed or does not load.
-    """
-    return str(load(cast(TensorRTTarget, target)).__version__)
-
-
-def _runtime_cache(trt: TensorRT, engine: tensorrt.ICudaEngine, entry: EngineEntry, device: str) -> RuntimeCache:
-    folder = user_cache("tensorrt-rtx")
-    sha256 = next(file.sha256 for name, file in entry.files.items() if Path(name).name == ENGINE)
-    return RuntimeCache(trt, engine, folder / f"{sha256[:16]}-{re.sub('[^0-9A-Za-z]+', '-', device)}.bin")
 
 
 def _logger(trt: TensorRT) -> Any:

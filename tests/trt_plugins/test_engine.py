@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 
 from runtime.bundle import Bundle, Profile
-from runtime.cuda import Memory
 from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS, INPUTS, OUTPUTS
 from runtime.predictor import Predictor
-from runtime.targets import base, tensorrt
-from runtime.targets.base import TARGETS, open_engine
-from runtime.targets.tensorrt import ENGINE, KernelLauncher, RuntimeCache, Tensor, TensorRTEngine
+from runtime.targets.registry import TARGETS, open_engine
+from trt_plugins import engine as tensorrt
+from trt_plugins import target as tensorrt_target
 from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
+from trt_plugins.driver import Memory
+from trt_plugins.engine import ENGINE, Tensor, TensorRTEngine
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
+from trt_plugins.launcher import KernelLauncher
 from trt_plugins.operator import Buffer, KernelSpec, Launch
+from trt_plugins.runtime_cache import RuntimeCache
 
 PLAN = b"an engine for this GPU"
 SIDE, SLOTS = 64, 6
@@ -640,9 +643,9 @@ def test_auto_takes_the_best_that_is_built_and_runs_here(monkeypatch, built, dri
         if not driver:
             raise InputError("no driver")
 
-    monkeypatch.setattr(tensorrt, "load", load)
-    monkeypatch.setattr(base, "open_driver", open_driver)
-    monkeypatch.setattr(tensorrt, "TensorRTEngine", lambda bundle, target: target)
+    monkeypatch.setattr(tensorrt_target, "load", load)
+    monkeypatch.setattr(tensorrt_target, "open_driver", open_driver)
+    monkeypatch.setattr(tensorrt_target, "TensorRTEngine", lambda bundle, target: target)
     monkeypatch.setattr(onnxruntime, "OnnxRuntimeEngine", lambda bundle, threads: "onnxruntime")
     assert open_engine(types.SimpleNamespace(manifest=types.SimpleNamespace(engines=dict.fromkeys(built)))) == chosen
 

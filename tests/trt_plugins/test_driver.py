@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.cuda import MAX_SHARED_BYTES, open_driver
 from runtime.errors import DynaMaskError, InputError
+from trt_plugins.driver import MAX_SHARED_BYTES, open_driver
 
 CUBIN = b"cubin with scale"
 """The one module that both stand-ins load. Its kernel: y[i] = a x[i] + offset for i < n, one thread an item."""

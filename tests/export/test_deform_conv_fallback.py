@@ -10,8 +10,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torchvision.ops import deform_conv2d
 
+from export.deform_conv_fallback import replace_deform_conv
 from runtime.errors import DynaMaskError
-from runtime.targets.deform_conv_fallback import replace_deform_conv
 
 
 def one_node(weight, bias, height, width, opset=20, **attributes):
