@@ -84,9 +84,8 @@ class Predictor:
     def close(self) -> None:
         """Free the engine, after the run in progress. Later calls are refused; closing twice does no harm."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self.engine.close()
+            self._closed = True
+            self.engine.close()
 
     def __call__(
         self,
@@ -133,7 +132,9 @@ class Predictor:
 
         Args:
             images: `[H, W, 3] uint8` RGB each, of any sizes.
-            budget_gmacs, grid_override, min_score: as for one image; the same for all.
+            budget_gmacs: as for one image; the same for all.
+            grid_override: as for one image; the same for all.
+            min_score: as for one image; the same for all.
 
         Raises:
             InputError: as for one image. All images and values are checked before the first run.
