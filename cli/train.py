@@ -29,29 +29,26 @@ def train(
     ] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field: --set train.epochs=3 (repeatable)."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field: --set train.phase2_epochs=3 (repeatable)."),
     ] = None,
     json: Json = None,
 ) -> None:
     """Train a model; Ctrl-C keeps the last step, --resume goes on from it.
 
-    Example: dynamask train --config lite0-shapes --output runs/shapes --set train.epochs=0.5
+    Example: dynamask train --config lite0-shapes --output runs/shapes --set train.phase2_epochs=0.5
     """
-    from dynamask.config import CONFIGS, load_config
+    from dynamask.config import CONFIGS, load_config, load_run_config
     from dynamask.train.trainer import train as run_training
     from runtime.errors import INTERRUPTED, InputError
     from runtime.files import write_json
 
-    if config is None:
-        if not resume:
-            raise InputError(f"--config is missing: give one of {', '.join(CONFIGS)}, or a YAML file.")
-        if not (output / "config.yaml").is_file():
-            raise InputError(f"{output} holds no run to go on with: name its folder with --output, or begin one with --config.")
-        config = str(output / "config.yaml")
+    if config is None and not resume:
+        raise InputError(f"--config is missing: give one of {', '.join(CONFIGS)}, or a YAML file.")
     overrides = parse_assignments(assignments or [])
     if weights is not None:
         overrides["weights"] = weights
-    result = run_training(load_config(config, overrides), output, resume)
+    loaded = load_run_config(output, overrides) if config is None else load_config(config, overrides)
+    result = run_training(loaded, output, resume)
     if not result:  # one of several processes, and not the one that reports
         return
     if json is not None:
@@ -62,7 +59,7 @@ def train(
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """`["train.epochs=3"]` as `{"train.epochs": 3}`; values are YAML.
+    """`["train.phase2_epochs=3"]` as `{"train.phase2_epochs": 3}`; values are YAML.
 
     Raises:
         InputError: no `=`, no key, or a value that is not YAML.
@@ -75,7 +72,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not (key and equals):
-            raise InputError(f"--set {assignment} has no KEY=VALUE form: write it like --set train.epochs=3.")
+            raise InputError(f"--set {assignment} has no KEY=VALUE form: write it like --set train.phase2_epochs=3.")
         try:
             fields[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:

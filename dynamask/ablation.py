@@ -13,7 +13,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dynamask.config import Config, load_config, misfit
+from dynamask.config import NO_EFFECT_ON_WEIGHTS, Config, first_difference, first_error, load_config, load_run_config
 from dynamask.flops import image_gmacs
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
@@ -25,10 +25,6 @@ from runtime.files import atomic_path, check_folder, sha256, write_json
 from runtime.graph import GRIDS
 from runtime.policies import parse_policy
 
-WITHOUT_EFFECT = frozenset(
-    {"data.workers", *(f"train.{name}" for name in ("threads", "checkpoint_every", "evaluate_every", "evaluate_images", "pictures"))}
-)
-"""Fields that may change in a plan whose runs have begun. What is judged on is compared with what was judged."""
 IOU_TYPES = ("bbox", "segm", "boundary")
 
 
@@ -145,7 +141,7 @@ def read_plan(path: Path) -> Plan:
     try:
         plan = Plan.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{path}: {misfit(error)}; write it as in docs/training.md.") from error
+        raise InputError(f"{path}: {first_error(error)}; write it as in docs/training.md.") from error
     try:
         for row in plan.rows:
             for seed in plan.seeds_of(row):
@@ -234,21 +230,10 @@ def _check_begun(config: Config, folder: Path) -> None:
     """
     if not (folder / "config.yaml").is_file():
         return
-    before, now = (_fields(each) for each in (load_config(str(folder / "config.yaml")), config))
-    changed = next((name for name in now if before[name] != now[name]), None)
+    changed = first_difference(load_run_config(folder), config, NO_EFFECT_ON_WEIGHTS)
     if changed is not None:
-        raise InputError(
-            f"{folder} holds a run with {changed} {before[changed]}, not {now[changed]} as the plan says: "
-            "choose another --output, or remove it."
-        )
-
-
-def _fields(config: Config) -> dict[str, Any]:
-    """All that decides what a run comes to."""
-    tree = config.model_dump(mode="json")
-    sections = {name: tree.pop(name) for name in ("model", "data", "train")}
-    flat = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
-    return {name: value for name, value in (tree | flat).items() if name not in WITHOUT_EFFECT}
+        name, before, now = changed
+        raise InputError(f"{folder} holds a run with {name} {before}, not {now} as the plan says: choose another --output, or remove it.")
 
 
 def _judge(config: Config, folder: Path, policies: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -132,43 +133,49 @@ class TrainConfig(_Strict):
     """The recipe (paper, section 4.1)."""
 
     batch: Count = 16
-    warm_epochs: NotNegative = 1.0
-    """Phase 1: no MSM, the mask loss at all four grids."""
-    epochs: NotNegative = 12.0
-    """Phase 2: all modules."""
-    switch_instances: Whole = 0
-    """Ours: so many detections on training images teach the switch what each grid is worth, after the last step
-    (`dynamask/train/switch.py`); 0 leaves it as phase 2 did. A Mask R-CNN head has none."""
-    rate: Positive = 0.02
-    """Learning rate at a batch of 16; scaled in proportion to the batch."""
-    drops: tuple[NotNegative, ...] = (8.0, 11.0)
-    """Epochs of phase 2 after which the rate falls tenfold."""
+    """Images in a step, over all processes."""
+    phase1_epochs: NotNegative = 1.0
+    """Epochs of phase 1: the mask branch learns at all four grids, without the MSM."""
+    phase2_epochs: NotNegative = 12.0
+    """Epochs of phase 2, after phase 1: all modules learn."""
+    calibration_detections: Whole = 0
+    """Number of training detections used to calibrate the MSM after training; 0 disables (`dynamask/train/calibration.py`)."""
+    learning_rate: Positive = 0.02
+    """At a batch of 16; scaled in proportion to the batch."""
+    rate_drop_epochs: tuple[NotNegative, ...] = (8.0, 11.0)
+    """Epochs of phase 2 after which the learning rate falls to a tenth."""
     warmup_steps: Whole = 500
+    """First steps of the run, over which the learning rate rises linearly."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of SGD."""
     weight_decay: NotNegative = 1e-4
+    """Of SGD; norms and biases have none."""
     clip_norm: Positive = 10.0
+    """Largest norm of the gradient; a longer one is scaled down to it."""
     edge_weight: NotNegative = 0.1
-    """lambda 1 of Eq. 7."""
+    """λ1 of Eq. 7, the weight of the edge loss."""
     regularisation_weight: NotNegative = 0.4
-    """lambda 2 of Eq. 7."""
-    budget: Positive = 1.0
-    """C_t of Eq. 5, in the paper's unit, in which 112 x 112 costs 1.40: `budget / 1.4` is its share of the largest grid's cost."""
+    """λ2 of Eq. 7, the weight of the budget and entropy losses."""
+    target_paper_gmacs: Positive = 1.0
+    """C_t of Eq. 5: the mean cost of an instance's mask, in the unit in which 112 x 112 costs the paper's 1.40 GMAC."""
     temperature: Positive = 1.0
-    """tau of Eq. 2."""
+    """τ of the Gumbel-softmax (Eq. 2)."""
     msm_rate_factor: NotNegative = 1.0
-    """The MSM's learning rate over the others'."""
+    """Learning rate of the MSM, relative to that of the other modules."""
     seed: Whole = 0
-    checkpoint_every: Whole = 500
-    """Steps between checkpoints (one is also written at each epoch's end and on Ctrl-C)."""
-    evaluate_every: NotNegative = 1.0
+    """Of all randomness in the run."""
+    checkpoint_every_steps: Whole = 500
+    """Steps between checkpoints; 0 writes them only at each epoch's end, at each evaluation and on Ctrl-C, as is done in any case."""
+    evaluate_every_epochs: NotNegative = 1.0
     """Epochs between evaluations; 0 evaluates only at the end."""
     evaluate_images: Count = 100
+    """Validation images in an evaluation: the first ones."""
     pictures: int = Field(default=4, ge=0, le=4)
-    """Validation images drawn at each evaluation, beside the training curves (docs/training.md); 0 draws nothing."""
+    """Validation images drawn at each evaluation, together with the training curves; 0 draws nothing."""
     threads: Whole = 0
-    """CPU threads; 0 leaves PyTorch's choice."""
+    """CPU threads of PyTorch; 0 leaves its own choice."""
     frozen_detector: bool = False
-    """Only the mask branch learns, on the detector of the DynaMask checkpoint that `weights` names."""
+    """Train only the mask branch, on the detector of the DynaMask checkpoint that `weights` names."""
 
 
 class Config(_Strict):
@@ -233,7 +240,7 @@ LITE2 = LITE0.model_copy(update={"preset": "lite2", "backbone": "efficientnet_li
 
 PRESETS: dict[str, ModelConfig] = {preset.preset: preset for preset in (R50, R101, X101, R18, LITE0, LITE1, LITE2)}
 
-LITE_COCO = TrainConfig(batch=4, rate=0.02, warmup_steps=100, msm_rate_factor=4.0, switch_instances=12_000)
+LITE_COCO = TrainConfig(batch=4, learning_rate=0.02, warmup_steps=100, msm_rate_factor=4.0, calibration_detections=12_000)
 """For EfficientNet-Lite on one small GPU or a CPU; at 2.5 times the rate the classes are not learnt (docs/results/coco-mini.md)."""
 
 CONFIGS: dict[str, Config] = {
@@ -243,15 +250,15 @@ CONFIGS: dict[str, Config] = {
         data=DataConfig(kind="shapes", shapes_train=8000, workers=1),
         train=TrainConfig(
             batch=4,
-            rate=0.05,
+            learning_rate=0.05,
             warmup_steps=100,
-            warm_epochs=0.8,
-            epochs=0.7,
-            drops=(0.5, 0.62),
+            phase1_epochs=0.8,
+            phase2_epochs=0.7,
+            rate_drop_epochs=(0.5, 0.62),
             regularisation_weight=0.1,
-            budget=1.0,
+            target_paper_gmacs=1.0,
             msm_rate_factor=4.0,
-            switch_instances=12_000,
+            calibration_detections=12_000,
         ),
     ),
     "lite0-coco": Config(model=LITE0.model_copy(update={"canvas": (384, 384)}), data=DataConfig(kind="coco"), train=LITE_COCO),
@@ -261,50 +268,134 @@ CONFIGS: dict[str, Config] = {
 """Named configurations, for `dynamask train --config NAME`."""
 
 
+NO_EFFECT_ON_WEIGHTS = frozenset(
+    {
+        "data.workers",
+        "train.checkpoint_every_steps",
+        "train.evaluate_every_epochs",
+        "train.evaluate_images",
+        "train.pictures",
+        "train.threads",
+    }
+)
+"""Fields that do not change which weights a run comes to."""
+LATER_STEPS_ONLY = frozenset({"train.phase2_epochs", "train.rate_drop_epochs", "train.calibration_detections"})
+"""Fields that change only what is still to be done."""
+MAY_CHANGE_ON_RESUME = NO_EFFECT_ON_WEIGHTS | LATER_STEPS_ONLY
+
+EARLIER_NAMES = {
+    "train.budget": "train.target_paper_gmacs",
+    "train.switch_instances": "train.calibration_detections",
+    "train.rate": "train.learning_rate",
+    "train.drops": "train.rate_drop_epochs",
+    "train.warm_epochs": "train.phase1_epochs",
+    "train.epochs": "train.phase2_epochs",
+    "train.evaluate_every": "train.evaluate_every_epochs",
+    "train.checkpoint_every": "train.checkpoint_every_steps",
+}
+"""Fields by the names that they had in checkpoints and runs of earlier versions."""
+
+
 def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> Config:
-    """A named configuration or a YAML file, with `{"train.epochs": 3}`-style overrides applied.
+    """A named configuration or a YAML file, with fields replaced: `load_config("lite0-coco", {"train.batch": 8})`.
 
     Raises:
         InputError: no such name or file, not YAML, or a field that does not exist or does not fit.
     """
     if name_or_file in CONFIGS:
         tree = CONFIGS[name_or_file].model_dump(mode="json")
+    elif Path(name_or_file).is_file():
+        tree = _read_yaml(Path(name_or_file))
     else:
-        path = Path(name_or_file)
-        if not path.is_file():
-            raise InputError(f"{name_or_file} is neither a file nor a configuration; choose one of {', '.join(CONFIGS)}.")
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}; write fields as in docs/training.md.") from error
-        if not isinstance(tree, dict):
-            raise InputError(f"{path} holds no fields at its top level; write model:, data:, train: sections.")
-    for key, value in (overrides or {}).items():
-        node = tree
-        *folders, leaf = key.split(".")
-        for folder in folders:
-            node = node.setdefault(folder, {})
-            if not isinstance(node, dict):
-                raise InputError(f"{key} names no field: {folder} holds a value, not fields.")
-        node[leaf] = value
-    return parse_config(tree, name_or_file)
+        raise InputError(f"{name_or_file} is neither a file nor a named configuration: choose one of {', '.join(CONFIGS)}.")
+    return parse_config(_replace(tree, overrides or {}), name_or_file)
 
 
-def parse_config(tree: Any, where: str) -> Config:
+def load_run_config(run: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """The configuration of the run in a folder, with fields replaced; runs of earlier versions are read, too.
+
+    Raises:
+        InputError: the folder holds no run, or a field does not exist or does not fit.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run} holds no run: name the folder of one with --output, or begin one with --config.")
+    return parse_config(_replace(with_current_names(_read_yaml(path)), overrides or {}), str(path))
+
+
+def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration in which fields have the names of this version (`EARLIER_NAMES`)."""
+    tree = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    for earlier, current in EARLIER_NAMES.items():
+        section, name = earlier.split(".")
+        if name in tree.get(section, {}):
+            tree[section][current.split(".")[1]] = tree[section].pop(name)
+    return tree
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
     """Validate plain data as a `Config`.
 
     Raises:
-        InputError: names the first field that does not fit and where it stood.
+        InputError: names `where` the data stood, and the first field that does not fit.
     """
+    for earlier, current in EARLIER_NAMES.items():
+        section, name = earlier.split(".")
+        if isinstance(tree.get(section), dict) and name in tree[section]:
+            raise InputError(f"{where}: {earlier} is now {current}: use this name.")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{where}: {misfit(error)}; dynamask/config.py says what each field takes.") from error
+        raise InputError(f"{where}: {first_error(error)}; docs/training.md lists the fields.") from error
 
 
-def misfit(error: ValidationError) -> str:
-    """The first field that does not fit, why, and what was given, unless that is a whole section."""
+def first_error(error: ValidationError) -> str:
+    """The first field that does not fit, why, and its value, unless that is a whole section."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     given = "" if first["type"] == "value_error" else f" (given: {repr(first['input'])[:80]})"
     return f"{field}: {first['msg'].removeprefix('Value error, ')}{given}".removeprefix(": ")
+
+
+def first_difference(before: Config, now: Config, ignored: frozenset[str]) -> tuple[str, str, str] | None:
+    """The first field, by name, whose value differs, with both values as JSON; None if all but the `ignored` fields are equal."""
+    old, new = _flat(before), _flat(now)
+    for name in sorted(old):
+        if name not in ignored and old[name] != new[name]:
+            return name, old[name], new[name]
+    return None
+
+
+def _flat(config: Config) -> dict[str, str]:
+    """`{"train.batch": "16"}`: values as JSON, by the names that `--set` takes."""
+    fields: dict[str, str] = {}
+    for name, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            fields |= {f"{name}.{leaf}": json.dumps(item) for leaf, item in value.items()}
+        else:
+            fields[name] = json.dumps(value)
+    return fields
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}; write fields as in docs/training.md.") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds no fields at its top level; write model:, data:, train: sections.")
+    return tree
+
+
+def _replace(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        if key in EARLIER_NAMES:
+            raise InputError(f"{key} is now {EARLIER_NAMES[key]}: use this name.")
+        node = tree
+        *sections, leaf = key.split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise InputError(f"{key} names no field: {section} holds a value, not fields.")
+        node[leaf] = value
+    return tree

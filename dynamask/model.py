@@ -215,7 +215,9 @@ class DynaMask(nn.Module):
         self.statistics = {f"share_{grid}": float(s) for grid, s in zip(GRIDS, share, strict=True)}
         self.statistics["mean_cost"] = float(mean_cost(y.detach(), costs))
         self.statistics |= {f"mask_{grid}": float(loss) for grid, loss in zip(GRIDS, mask.detach().mean(dim=0), strict=True)}
-        return mask_branch_losses(y, probabilities, mask, edge, costs, recipe.budget, recipe.edge_weight, recipe.regularisation_weight)
+        return mask_branch_losses(
+            y, probabilities, mask, edge, costs, recipe.target_paper_gmacs, recipe.edge_weight, recipe.regularisation_weight
+        )
 
 
 def batch_rois(boxes: Sequence[Tensor]) -> Tensor:

@@ -17,8 +17,8 @@ TINY: dict[str, Any] = {
     "model.rois_per_image": 16,
     "model.mask_rois_per_image": 4,
     "model.detections": 5,
-    "train.evaluate_every": 0,
+    "train.evaluate_every_epochs": 0,
     "train.evaluate_images": 1,
-    "train.switch_instances": 0,
+    "train.calibration_detections": 0,
 }
 """For `load_config`, over the fields of a configuration of `lite0`."""

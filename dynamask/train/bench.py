@@ -179,7 +179,7 @@ def _config(preset: str, size: tuple[int, int] | None, batch: int, rois: int | N
     files = {f"{part}_annotations": str(folder / "instances.json") for part in ("train", "val")}
     folders = {f"{part}_images": str(folder / "images") for part in ("train", "val")}
     data = {"kind": "coco", "workers": workers, **files, **folders}
-    train = {"batch": batch, "warm_epochs": 1, "epochs": 10_000}
+    train = {"batch": batch, "phase1_epochs": 1, "phase2_epochs": 10_000}
     return parse_config({"model": fields, "data": data, "train": train, "weights": "none"}, "The benchmark's configuration")
 
 
@@ -253,7 +253,7 @@ def _stepping(run: Run, phase: int, batch: Batch) -> Callable[[], None]:
     """One step of that phase; always the same, so that each time the same RoIs are sampled."""
 
     def step() -> None:
-        run.step = 0 if phase == 1 else run.schedule.warm_steps
+        run.step = 0 if phase == 1 else run.schedule.phase1_steps
         run.take_step(run.model, *batch)
         _await(run.world.device)
 
@@ -289,7 +289,7 @@ def _targets(run: Run, targets: list[dict[str, Any]]) -> Callable[[], None]:
 
 def _loader_wait(run: Run, steps: int, warm_up: int) -> float:
     """The share of the time of a run of phase 2 that is waiting for its batches."""
-    run.step = run.schedule.warm_steps
+    run.step = run.schedule.phase1_steps
     waits, busy = [], []
     batches = run.batches()
     for _ in range(warm_up + steps):

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dynamask.config import Config, parse_config
+from dynamask.config import Config, parse_config, with_current_names
 from runtime.errors import InputError
 from runtime.files import atomic_path
 
@@ -21,6 +21,15 @@ FORMAT_VERSION = 1
 _KEY = "dynamask"
 _WEIGHTS = "weights."
 _MOMENTUM = "momentum."
+_EARLIER_KEYS = {
+    "lessons": "calibration",
+    "taught": "calibrated",
+    "wanted": "requested",
+    "allowed_cost": "target_gmacs",
+    "mean_cost": "mean_gmacs",
+    "explained": "variance_explained",
+}
+"""Keys by the names that they had in the `progress` of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     tensors, fields = _read(path, "checkpoint")
     tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
-    return Checkpoint(parse_config(fields["config"], str(path)), fields["classes"], tensors, fields["extra"])
+    return Checkpoint(parse_config(with_current_names(fields["config"]), str(path)), fields["classes"], tensors, fields["extra"])
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, Config, list[dict[str, Any]]]:
@@ -164,12 +173,12 @@ def load_state(path: str | os.PathLike[str]) -> TrainingState:
     """
     tensors, fields = _read(path, "state")
     return TrainingState(
-        config=parse_config(fields["config"], str(path)),
+        config=parse_config(with_current_names(fields["config"]), str(path)),
         classes=fields["classes"],
         weights=_under(tensors, _WEIGHTS),
         momentum=_under(tensors, _MOMENTUM),
         scaler=fields["scaler"],
-        progress=fields["progress"],
+        progress=_with_current_keys(fields["progress"]),
     )
 
 
@@ -179,6 +188,13 @@ def restore_momentum(model: nn.Module, optimizer: torch.optim.Optimizer, momentu
         if name in momentum:
             buffer = torch.empty_like(parameter).copy_(momentum[name])  # keeps the parameter's device and memory format
             optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _with_current_keys(value: Any) -> Any:
+    """Plain JSON in which keys have the names of this version, at every depth."""
+    if isinstance(value, dict):
+        return {_EARLIER_KEYS.get(key, key): _with_current_keys(item) for key, item in value.items()}
+    return [_with_current_keys(item) for item in value] if isinstance(value, list) else value
 
 
 def _has_momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:

@@ -142,15 +142,15 @@ class ProgressReport:
             left = (now - self._started) / (done - self._first_step) * (self._total - done)
             self.message(f"step {done}/{self._total}  epoch {record['epoch']:.2f}  phase {record['phase']}  {figures}  {left:.0f} s left")
 
-    def lessons(self, done: int, total: int) -> None:
-        """Count detections that the switch will learn from."""
+    def calibration(self, done: int, total: int) -> None:
+        """Count detections for the calibration of the MSM."""
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, figures="", description="lessons of the switch")
+            self._bar.update(self._task, completed=done, figures="", description="calibrating the MSM")
         elif now - self._spoken >= LINE_SECONDS or done == total:
             self._spoken = now
             self.message(
-                f"lessons of the switch: {done}/{total} detections  {(now - self._started) / max(done, 1) * (total - done):.0f} s left"
+                f"calibrating the MSM: {done}/{total} detections  {(now - self._started) / max(done, 1) * (total - done):.0f} s left"
             )
 
     def message(self, text: str) -> None:

@@ -31,18 +31,18 @@ class Schedule:
         return max(1, self.images // self.config.batch)
 
     @property
-    def warm_steps(self) -> int:
+    def phase1_steps(self) -> int:
         """Steps of phase 1."""
-        return round(self.config.warm_epochs * self.steps_per_epoch)
+        return round(self.config.phase1_epochs * self.steps_per_epoch)
 
     @property
     def total_steps(self) -> int:
         """Steps of both phases."""
-        return self.warm_steps + round(self.config.epochs * self.steps_per_epoch)
+        return self.phase1_steps + round(self.config.phase2_epochs * self.steps_per_epoch)
 
     def phase(self, step: int) -> int:
         """1 while the MSM waits, 2 while all modules learn."""
-        return 1 if step < self.warm_steps else 2
+        return 1 if step < self.phase1_steps else 2
 
     def epoch(self, step: int) -> float:
         """Epochs of both phases done before `step`."""
@@ -50,18 +50,18 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate: in proportion to the batch, linear warm-up over the first steps, a tenth after each drop."""
-        drops = sum((step - self.warm_steps) / self.steps_per_epoch >= drop for drop in self.config.drops)
+        drops = sum((step - self.phase1_steps) / self.steps_per_epoch >= drop for drop in self.config.rate_drop_epochs)
         warmup = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps > 0 else 1.0
-        return self.config.rate * self.config.batch / 16 * warmup * 0.1**drops
+        return self.config.learning_rate * self.config.batch / 16 * warmup * 0.1**drops
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due once `step` steps are done."""
-        every = round(self.config.evaluate_every * self.steps_per_epoch)
-        return step == self.total_steps or (self.config.evaluate_every > 0 and step > 0 and step % max(1, every) == 0)
+        every = round(self.config.evaluate_every_epochs * self.steps_per_epoch)
+        return step == self.total_steps or (self.config.evaluate_every_epochs > 0 and step > 0 and step % max(1, every) == 0)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` steps are done."""
-        periodic = self.config.checkpoint_every > 0 and step % self.config.checkpoint_every == 0
+        periodic = self.config.checkpoint_every_steps > 0 and step % self.config.checkpoint_every_steps == 0
         return periodic or step % self.steps_per_epoch == 0 or self.evaluates(step)
 
     def seed(self, step: int, rank: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""The training loop: two phases, checkpoints, exact resuming, the switch's lessons, evaluation by epoch (paper, section 4.1)."""
+"""The training loop: two phases, checkpoints, exact resuming, calibration of the MSM, evaluation by epoch (paper, section 4.1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.utils.data import DataLoader
 
-from dynamask.config import Config
+from dynamask.config import MAY_CHANGE_ON_RESUME, Config, first_difference
 from dynamask.data.augment import TOLERATED_SHARE, TrainingItems
 from dynamask.data.canvas import collate
 from dynamask.data.cityscapes import CityscapesDataset
@@ -33,6 +33,7 @@ from dynamask.data.shapes import ShapesDataset
 from dynamask.distributed import World, averaged, joined
 from dynamask.model import LARGEST_PAPER_COST, DynaMask, build_model
 from dynamask.msm import MaskSwitch
+from dynamask.train.calibration import calibrate, collect_samples
 from dynamask.train.checkpoint import (
     TrainingState,
     is_checkpoint,
@@ -47,7 +48,6 @@ from dynamask.train.checkpoint import (
 from dynamask.train.evaluate import evaluate
 from dynamask.train.log import ProgressReport, RunLog, losses_by_epoch, read_lines, save_batch
 from dynamask.train.schedule import Schedule, StepSampler
-from dynamask.train.switch import collect_lessons, fit_switch
 from dynamask.weights import load_weights
 from runtime.errors import DynaMaskError, InputError
 from runtime.files import atomic_path, check_folder, write_json
@@ -64,11 +64,6 @@ MASK_BRANCH = "mask_branch."
 """How the names of the tensors begin that are no detector's."""
 SMALLEST_SCALE = 1.0
 """With mixed precision, a gradient that overflows even at this scale of the loss is not finite in itself."""
-FREE_FIELDS = {
-    "train": {"epochs", "switch_instances", "drops", "checkpoint_every", "evaluate_every", "evaluate_images", "pictures", "threads"},
-    "data": {"workers"},
-}
-"""Fields that may change when a run is resumed: none of them alters the steps already done."""
 
 
 def train(config: Config, output: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -83,7 +78,7 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
     Returns:
         What `metrics.json` holds: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
-        grid), `lessons` (the switch's, in GMAC an instance, or None), `skipped` (images), `checkpoint`, `best`, `seconds`.
+        grid), `calibration` (of the MSM, in GMAC an instance, or None), `skipped` (images), `checkpoint`, `best`, `seconds`.
 
     Raises:
         InputError: the output folder holds another run or cannot be written, there is nothing to resume, the data cannot be used, the
@@ -101,11 +96,11 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
             )
         state = _state_to_resume(config, output, resume or (world.restarted and (output / "state.safetensors").exists()))
         run = Run.prepared(config, output, state, report, interruption, world)
-        if run.schedule.total_steps == 0 and not (config.train.switch_instances and config.model.mask_head == "dynamask"):
-            epochs = config.train.warm_epochs + config.train.epochs
+        if run.schedule.total_steps == 0 and not (config.train.calibration_detections and config.model.mask_head == "dynamask"):
+            epochs = config.train.phase1_epochs + config.train.phase2_epochs
             raise InputError(
-                f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.epochs, lower train.batch, or give "
-                "train.switch_instances for lessons alone, which a Mask R-CNN head has none of."
+                f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.phase2_epochs or lower "
+                "train.batch, or set train.calibration_detections to calibrate only (a Mask R-CNN head has no MSM to calibrate)."
             )
         try:
             return run.to_the_end()
@@ -166,8 +161,8 @@ class Run:
     skipped: set[int] = field(default_factory=set)
     """Indices of the images that could not be read so far."""
     loss_watch: _LossWatch = field(default_factory=_LossWatch)
-    lessons: dict[str, Any] | None = None
-    """The switch's, once it had them: `step` after which, `wanted` detections, `detections`, `allowed_cost` and what `fit_switch` found."""
+    calibration: dict[str, Any] | None = None
+    """Of the MSM, once done: `step`, `requested` detections, `detections`, `target_gmacs` and the figures of `calibrate`."""
 
     @classmethod
     def prepared(
@@ -208,7 +203,7 @@ class Run:
             run.step, run.seconds, run.evaluations = (state.progress[name] for name in ("step", "seconds", "evaluations"))
             run.skipped = set(state.progress.get("skipped", []))
             run.loss_watch = _LossWatch(**state.progress.get("loss_watch", {}))
-            run.lessons = state.progress.get("lessons")
+            run.calibration = state.progress.get("calibration")
         return run
 
     def to_the_end(self) -> dict[str, Any]:
@@ -234,7 +229,7 @@ class Run:
                     if self.schedule.saves(self.step):
                         self._save()
                 else:
-                    if not self.world.any(not self._teach_switch()):
+                    if not self.world.any(not self._calibrate()):
                         self._evaluate_if_due(log)
             self.seconds = time.monotonic() - started
             return self._finish()
@@ -325,52 +320,55 @@ class Run:
             self.world.any(False)  # torchrun ends the others as soon as one has: they wait for the file
         raise DynaMaskError(
             f"Step {self.step + 1}: {fault}; {kept}, the last checkpoint in {self.output}; "
-            "look at the batch's data, lower train.rate, or raise train.warmup_steps."
+            "look at the batch's data, lower train.learning_rate, or raise train.warmup_steps."
         )
 
-    def _teach_switch(self) -> bool:
-        """Give the switch its lessons, once the last step is done; False if they were interrupted.
+    def _calibrate(self) -> bool:
+        """Calibrate the MSM, once the last step is done; False if that was interrupted.
 
         The first process does, whose weights are those that are kept.
         """
-        wanted = self.config.train.switch_instances
-        given = self.lessons is not None and (self.lessons["step"], self.lessons["wanted"]) == (self.step, wanted)
+        wanted = self.config.train.calibration_detections
+        given = self.calibration is not None and (self.calibration["step"], self.calibration["requested"]) == (self.step, wanted)
         if not wanted or given or self.config.model.mask_head == "maskrcnn":
             return True
         self.evaluations = [entry for entry in self.evaluations if entry["step"] != self.step]
-        figures = self._lessons(wanted) if self.world.is_main else {}
+        figures = self._calibration(wanted) if self.world.is_main else {}
         if figures is None:
             return False
-        self.lessons = {"step": self.step, "wanted": wanted, **figures}
+        self.calibration = {"step": self.step, "requested": wanted, **figures}
         self._save()
         return True
 
-    def _lessons(self, wanted: int) -> dict[str, Any] | None:
+    def _calibration(self, wanted: int) -> dict[str, Any] | None:
         branch, seed = self.model.mask_branch, self.config.train.seed
         assert isinstance(branch.msm, MaskSwitch)
         self.report.start(0, wanted)
-        lessons = collect_lessons(self.model, self.train_set, wanted, seed, self.report.lessons, self.interruption)
-        if lessons is None:
+        samples = collect_samples(self.model, self.train_set, wanted, seed, self.report.calibration, self.interruption)
+        if samples is None:
             return None
-        figures: dict[str, Any] = {"detections": len(lessons.regions)}
-        if not lessons.teach:
+        figures: dict[str, Any] = {"detections": len(samples.regions)}
+        if not samples.informative:
             self.report.message(
-                f"Of {len(lessons.regions)} detections on the training images none is better at one grid than at another: "
-                "the switch stays as phase 2 left it; train the masks for longer first."
+                f"The MSM is not calibrated: none of {len(samples.regions)} detections on the training images has a better mask at one "
+                "grid than at another; train the masks for longer first."
             )
         else:
-            mean_cost = self.config.train.budget / LARGEST_PAPER_COST * float(branch.costs[-1])
-            figures |= {"allowed_cost": mean_cost, **fit_switch(branch.msm, lessons, branch.costs, mean_cost, seed)}
+            target = self.config.train.target_paper_gmacs / LARGEST_PAPER_COST * float(branch.costs[-1])
+            figures |= {"target_gmacs": target, **calibrate(branch.msm, samples, branch.costs, target, seed)}
             self.report.message(
-                f"The switch learnt from {len(lessons.regions)} detections what each grid is worth: {figures['explained']:.0%} of the "
-                f"variance explained, {figures['mean_cost']:.4f} GMAC an instance (C_t allows {mean_cost:.4f})"
+                f"Calibrated the MSM on {len(samples.regions)} detections: it explains {figures['variance_explained']:.0%} of the variance "
+                f"of IoU between grids, and its grids cost {figures['mean_gmacs']:.4f} GMAC an instance (target {target:.4f})."
             )
-            if figures["mean_cost"] > mean_cost:
+            if figures["mean_gmacs"] > target:
                 self.report.message(
-                    f"C_t ({self.config.train.budget:g}) is less than even 14 x 14 costs: every detection got that; raise train.budget."
+                    f"train.target_paper_gmacs={self.config.train.target_paper_gmacs:g} is less than 14 x 14 costs, the smallest grid, "
+                    "which every detection got: raise it."
                 )
-        if len(lessons.regions) < wanted:
-            self.report.message(f"The training images gave {len(lessons.regions)} of the {wanted} detections of train.switch_instances.")
+        if len(samples.regions) < wanted:
+            self.report.message(
+                f"The training images gave {len(samples.regions)} of the {wanted} detections of train.calibration_detections."
+            )
         return figures
 
     def _note_skipped(self, skipped: list[dict[str, Any]], log: RunLog | None) -> None:
@@ -431,9 +429,9 @@ class Run:
             if None in uniform.values():
                 return
             entry["uniform"] = uniform
-        # Lessons change what a grid costs: the best that had them, whatever was better without.
-        entry["taught"] = self.lessons is not None and self.lessons["step"] == self.step
-        rivals = [rival for rival in self.evaluations if rival.get("taught") or not entry["taught"]]
+        # Calibration changes which grids are chosen: the best of the calibrated models, whatever was better before.
+        entry["calibrated"] = self.calibration is not None and self.calibration["step"] == self.step
+        rivals = [rival for rival in self.evaluations if rival.get("calibrated") or not entry["calibrated"]]
         if _mask_ap(entry) > max(map(_mask_ap, rivals), default=-1.0):
             self._save_checkpoint("best.safetensors", {"step": self.step, "epoch": entry["epoch"], "segm": entry["segm"]})
         self.evaluations.append(entry)
@@ -459,7 +457,7 @@ class Run:
         if not self.world.is_main:
             return
         progress = {"step": self.step, "seconds": self.seconds, "evaluations": self.evaluations}
-        progress |= {"skipped": sorted(self.skipped), "loss_watch": asdict(self.loss_watch), "lessons": self.lessons}
+        progress |= {"skipped": sorted(self.skipped), "loss_watch": asdict(self.loss_watch), "calibration": self.calibration}
         fields = {"config": self.config.model_dump(mode="json"), "classes": self.val_set.classes}
         fields |= {"scaler": self.scaler.state_dict(), "progress": progress}
         save_state(self.output / "state.safetensors", self.model, self.optimizer, fields)
@@ -487,7 +485,7 @@ class Run:
             "losses": losses_by_epoch(self.output),
             "ap_by_epoch": [{name: value for name, value in entry.items() if name != "uniform"} for entry in self.evaluations],
             "uniform": self.evaluations[-1].get("uniform") if self.evaluations else None,
-            "lessons": self.lessons,
+            "calibration": self.calibration,
             "skipped": len(self.skipped),
             "checkpoint": str(self.output / "model.safetensors"),
             "best": str(best) if best.exists() else None,
@@ -507,25 +505,11 @@ def _state_to_resume(config: Config, output: Path, resume: bool) -> TrainingStat
     if not path.exists():
         raise InputError(f"{path} does not exist: there is nothing to resume; leave --resume out to begin.")
     state = load_state(path)
-    before, now = _fixed_fields(state.config), _fixed_fields(config)
-    changed = sorted(name for name in before if before[name] != now[name])
-    if changed:
-        first = changed[0]
-        raise InputError(
-            f"{output} was trained with {first} {before[first]}, not {now[first]}: resume with the same value, or choose another --output."
-        )
+    changed = first_difference(state.config, config, MAY_CHANGE_ON_RESUME)
+    if changed is not None:
+        name, before, now = changed
+        raise InputError(f"{output} was trained with {name} {before}, not {now}: resume with the same value, or choose another --output.")
     return state
-
-
-def _fixed_fields(config: Config) -> dict[str, str]:
-    begun = {"weights": json.dumps(config.weights), "weights_part": json.dumps(config.weights_part)}
-    sections = {"model": config.model, "data": config.data, "train": config.train}
-    return begun | {
-        f"{section}.{name}": json.dumps(value)
-        for section, fields in sections.items()
-        for name, value in fields.model_dump(mode="json").items()
-        if name not in FREE_FIELDS.get(section, set())
-    }
 
 
 def _train_set(config: Config) -> TrainingItems:

@@ -152,7 +152,7 @@ def test_which_images_are_turned(sizes: list[tuple[int, int]], canvas: tuple[int
 @given(st.integers(1, 6), st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 5))
 def test_a_batch_holds_images_of_one_orientation(batch: int, portrait: list[bool], first: int) -> None:
     turned = turned_images([(9, 5) if tall else (5, 9) for tall in portrait], (64, 96), batch)
-    schedule = Schedule(TrainConfig(batch=batch, warm_epochs=0, epochs=3), len(portrait))
+    schedule = Schedule(TrainConfig(batch=batch, phase1_epochs=0, phase2_epochs=3), len(portrait))
     batches = list(StepSampler(schedule, 0, turned=turned))
     assert len(batches) == schedule.total_steps
     if turned:

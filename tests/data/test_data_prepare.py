@@ -23,9 +23,9 @@ FIELDS = {
     **TINY,
     "model.class_agnostic_largest": True,
     "train.batch": 3,
-    "train.warm_epochs": 0.5,
-    "train.epochs": 0.5,
-    "train.drops": [],
+    "train.phase1_epochs": 0.5,
+    "train.phase2_epochs": 0.5,
+    "train.rate_drop_epochs": [],
     "train.warmup_steps": 2,
 }
 

@@ -29,8 +29,8 @@ FIELDS = {
     "data.shapes_val": 1,
     "data.workers": 0,
     "train.batch": 2,
-    "train.warm_epochs": 1,
-    "train.epochs": 1,
+    "train.phase1_epochs": 1,
+    "train.phase2_epochs": 1,
 }
 MASK_RCNN = {"name": "Mask R-CNN 28", "set": {"model.mask_head": "maskrcnn", "model.mask_grid": 28}}
 
@@ -152,10 +152,10 @@ def test_a_row_from_another_trains_nothing_and_nothing_is_judged_twice(tmp_path:
 
 def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path, trained: list[str], judged: list[Any]) -> None:
     run_plan(write(tmp_path, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
-    with pytest.raises(InputError, match=r"train\.rate"):
-        run_plan(write(tmp_path, set={**FIELDS, "train.rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
-    with pytest.raises(InputError, match=r"holds a run with train\.epochs 1\.0, not 2\.0 as the plan says: choose another --output"):
-        run_plan(write(tmp_path, set={**FIELDS, "train.epochs": 2}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match=r"train\.learning_rate"):
+        run_plan(write(tmp_path, set={**FIELDS, "train.learning_rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
+    with pytest.raises(InputError, match=r"holds a run with train\.phase2_epochs 1\.0, not 2\.0 as the plan says: choose another --output"):
+        run_plan(write(tmp_path, set={**FIELDS, "train.phase2_epochs": 2}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
     assert json.loads((tmp_path / "out" / "mask-r-cnn-28" / "seed-0" / "metrics.json").read_text())["steps"] == 2
     quicker = run_plan(write(tmp_path, set={**FIELDS, "train.threads": 1}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
     assert quicker["complete"] and len(trained) == 1
@@ -168,7 +168,7 @@ def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path,
         ({"rows": [{"name": "a"}, {"name": "A!"}]}, "'a' has no folder of its own"),
         ({"rows": [{"name": "a", "from": "b"}]}, "'b' is no row; the rows are a"),
         ({"rows": [{"name": "a"}, {"name": "b", "from": "a"}, {"name": "c", "from": "b"}]}, "'c' is judged from 'b', which trains nothing"),
-        ({"rows": [{"name": "a"}, {"name": "b", "from": "a", "set": {"train.rate": 1}}]}, "leave set and seeds out"),
+        ({"rows": [{"name": "a"}, {"name": "b", "from": "a", "set": {"train.learning_rate": 1}}]}, "leave set and seeds out"),
         ({"rows": [{"name": "a", "set": {"model.fusion": "sum"}}]}, "row 'a': .*fusion"),
         ({"rows": [{"name": "a", "set": {"model.no_such": 1}}]}, "no_such"),
         ({"rows": [{"name": "a", "policies": ["uniform-15"]}]}, "uniform-15"),
@@ -209,8 +209,8 @@ def test_an_output_that_is_no_folder_is_refused(tmp_path: Path, untrained: list[
 def test_the_plans_of_the_paper_s_tables_fit(path: Path) -> None:
     plan = read_plan(path)
     configs = [plan.config(row, 0) for row in plan.rows if row.source is None]
-    same = {config.model_copy(update={"model": None, "train": config.train.model_copy(update={"budget": 0, "regularisation_weight": 0})})
-            .model_dump_json() for config in configs}  # fmt: skip
+    free = {"target_paper_gmacs": 0, "regularisation_weight": 0}
+    same = {each.model_copy(update={"model": None, "train": each.train.model_copy(update=free)}).model_dump_json() for each in configs}
     assert len(same) == 1, "rows differ in more than the model and the budget"
     assert len({config.model_dump_json() for config in configs}) == len(configs)
 

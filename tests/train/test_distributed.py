@@ -41,7 +41,7 @@ def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path: 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_run_and_resuming_finishes_it(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    fields = {**FIELDS, "train.epochs": 40, "train.checkpoint_every": 1}
+    fields = {**FIELDS, "train.phase2_epochs": 40, "train.checkpoint_every_steps": 1}
     settings = [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
     command = [*TORCHRUN, "-m", "cli.main", "train", "--config", "lite0-shapes", "--output", str(output), *settings]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as run:
@@ -56,7 +56,7 @@ def test_a_killed_worker_ends_the_run_and_resuming_finishes_it(tmp_path: Path) -
     step = load_state(output / "state.safetensors").progress["step"]
     assert 1 <= step < 123
 
-    shorter = load_config(str(output / "config.yaml"), {"train.epochs": step // 3 + 1})
+    shorter = load_config(str(output / "config.yaml"), {"train.phase2_epochs": step // 3 + 1})
     result = train(shorter, output, resume=True, quiet=True)  # by one process: the batches are the same
     assert not result["interrupted"]
     assert result["steps"] == result["total_steps"] > step

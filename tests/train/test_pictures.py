@@ -98,7 +98,12 @@ def test_curves_are_drawn_from_the_first_line_on() -> None:
 
 @pytest.mark.usefixtures("unjudged")
 def test_a_run_leaves_pictures_and_is_not_changed_by_them(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"train__evaluate_every": 1, "train__warm_epochs": 0, "train__epochs": 2, "data__shapes_train": 2}
+    fields: dict[str, Any] = {
+        "train__evaluate_every_epochs": 1,
+        "train__phase1_epochs": 0,
+        "train__phase2_epochs": 2,
+        "data__shapes_train": 2,
+    }
     trainer.train(tiny(**fields), tmp_path / "plain", quiet=True)
     trainer.train(tiny(**fields, train__pictures=1), tmp_path / "drawn", quiet=True)
     assert losses(tmp_path / "drawn") == losses(tmp_path / "plain")

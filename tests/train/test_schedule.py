@@ -7,7 +7,7 @@ import pytest
 from dynamask.config import TrainConfig
 from dynamask.train.schedule import Schedule, StepSampler, mixed_seed
 
-RECIPE = TrainConfig(batch=4, rate=0.02, warm_epochs=1.0, epochs=3.0, drops=(1.0, 2.0), warmup_steps=2)
+RECIPE = TrainConfig(batch=4, learning_rate=0.02, phase1_epochs=1.0, phase2_epochs=3.0, rate_drop_epochs=(1.0, 2.0), warmup_steps=2)
 
 
 def test_phase_one_lasts_the_warm_epochs() -> None:
@@ -25,7 +25,7 @@ def test_rate_warms_up_and_drops_after_the_epochs_of_phase_two() -> None:
 
 def test_evaluation_is_due_every_epoch_and_at_the_end() -> None:
     assert [step for step in range(9) if Schedule(RECIPE, images=10).evaluates(step)] == [2, 4, 6, 8]
-    seldom = RECIPE.model_copy(update={"evaluate_every": 0.0})
+    seldom = RECIPE.model_copy(update={"evaluate_every_epochs": 0.0})
     assert [step for step in range(9) if Schedule(seldom, images=10).evaluates(step)] == [8]
 
 

@@ -46,13 +46,13 @@ def run(*arguments: str, catch: bool = True) -> Any:
 
 def test_options_change_the_configuration(tmp_path: Path, calls: list[tuple[Config, Path, bool]]) -> None:
     result = run(
-        "--config", "lite0-shapes", "--output", str(tmp_path / "run"), "--weights", "none", "--set", "train.epochs=3",
-        "--set", "train.drops=[1, 2]", "--json", str(tmp_path / "result.json"),
+        "--config", "lite0-shapes", "--output", str(tmp_path / "run"), "--weights", "none", "--set", "train.phase2_epochs=3",
+        "--set", "train.rate_drop_epochs=[1, 2]", "--json", str(tmp_path / "result.json"),
     )  # fmt: skip
     assert result.exit_code == 0
     assert "segm AP 12.3" in result.stdout
     (config, output, resume) = calls[0]
-    assert (config.weights, config.train.epochs, config.train.drops) == ("none", 3.0, (1.0, 2.0))
+    assert (config.weights, config.train.phase2_epochs, config.train.rate_drop_epochs) == ("none", 3.0, (1.0, 2.0))
     assert (output, resume) == (tmp_path / "run", False)
     assert json.loads((tmp_path / "result.json").read_text()) == RESULT
 
@@ -65,17 +65,35 @@ def test_what_ctrl_c_ended_has_the_status_of_an_interruption(tmp_path: Path, mon
 
 
 def test_resuming_takes_the_configuration_of_the_run(tmp_path: Path, calls: list[tuple[Config, Path, bool]]) -> None:
-    (tmp_path / "config.yaml").write_text("train: {epochs: 7}\n")
+    (tmp_path / "config.yaml").write_text("train: {phase2_epochs: 7}\n")
     assert run("--output", str(tmp_path), "--resume").exit_code == 0
-    assert (calls[0][0].train.epochs, calls[0][2]) == (7.0, True)
+    assert (calls[0][0].train.phase2_epochs, calls[0][2]) == (7.0, True)
 
 
 def test_a_configuration_must_be_named(tmp_path: Path) -> None:
     assert isinstance(run("--output", str(tmp_path)).exception, InputError)
 
 
+@pytest.mark.parametrize(("earlier", "current"), [("budget", "target_paper_gmacs"), ("switch_instances", "calibration_detections")])
+def test_a_field_by_its_earlier_name_is_refused_with_the_new_one(tmp_path: Path, earlier: str, current: str, calls: list[Any]) -> None:
+    said = rf"train\.{earlier} is now train\.{current}"
+    with pytest.raises(InputError, match=rf"^{said}"):
+        run("--config", "lite0-shapes", "--output", str(tmp_path), "--set", f"train.{earlier}=1", catch=False)
+    (tmp_path / "own.yaml").write_text(f"train: {{{earlier}: 1}}\n")
+    with pytest.raises(InputError, match=rf"own\.yaml: {said}"):
+        run("--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path), catch=False)
+    assert not calls
+
+
+def test_a_run_of_an_earlier_version_resumes_by_its_own_configuration(tmp_path: Path, calls: list[Any]) -> None:
+    (tmp_path / "config.yaml").write_text("train: {budget: 0.7, epochs: 7, drops: [3]}\n")
+    assert run("--output", str(tmp_path), "--resume").exit_code == 0
+    recipe = calls[0][0].train
+    assert (recipe.target_paper_gmacs, recipe.phase2_epochs, recipe.rate_drop_epochs) == (0.7, 7.0, (3.0,))
+
+
 def test_resuming_a_run_that_is_not_there_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nowhere holds no run to go on with"):
+    with pytest.raises(InputError, match=r"nowhere holds no run"):
         run("--output", str(tmp_path / "nowhere"), "--resume", catch=False)
 
 
@@ -83,9 +101,9 @@ def test_resuming_a_run_that_is_not_there_says_so(tmp_path: Path) -> None:
     ("field", "value"),
     [
         ("train.batch", "0"),
-        ("train.epochs", "-1"),
-        ("train.rate", ".nan"),
-        ("train.drops", "[-1]"),
+        ("train.phase2_epochs", "-1"),
+        ("train.learning_rate", ".nan"),
+        ("train.rate_drop_epochs", "[-1]"),
         ("data.workers", "-1"),
         ("model.score_threshold", "2"),
         ("model.stage_channels", "[0, 8, 8, 8]"),
@@ -93,7 +111,7 @@ def test_resuming_a_run_that_is_not_there_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_a_value_that_no_run_can_have_is_refused_by_name(field: str, value: str, tmp_path: Path, calls: list[Any]) -> None:
-    with pytest.raises(InputError, match=rf"^lite0-shapes: {field}.*given: .*config\.py says") as caught:
+    with pytest.raises(InputError, match=rf"^lite0-shapes: {field}.*given: .*docs/training\.md lists") as caught:
         run("--config", "lite0-shapes", "--output", str(tmp_path), "--set", f"{field}={value}", catch=False)
     assert "\n" not in str(caught.value) and not calls
 
@@ -109,7 +127,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path
         run("--config", "lite0-shapes", "--output", str(tmp_path / "file" / "run"), "--weights", "imagenet", catch=False)
 
 
-@pytest.mark.parametrize("assignment", ["train.epochs", "=3", "train.epochs=[1"])
+@pytest.mark.parametrize("assignment", ["train.phase2_epochs", "=3", "train.phase2_epochs=[1"])
 def test_an_assignment_that_is_none_is_refused(assignment: str) -> None:
     with pytest.raises(InputError, match="--set"):
         parse_assignments([assignment])

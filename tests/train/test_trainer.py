@@ -26,9 +26,9 @@ FIELDS = {
     "data.shapes_val": 1,
     "data.workers": 0,
     "train.batch": 2,
-    "train.rate": 0.05,
-    "train.warm_epochs": 1,
-    "train.epochs": 1,
+    "train.learning_rate": 0.05,
+    "train.phase1_epochs": 1,
+    "train.phase2_epochs": 1,
     "train.warmup_steps": 2,
     "train.pictures": 0,
 }
@@ -142,13 +142,13 @@ def test_sigterm_ends_a_run_with_everything_saved(
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_run_leaves_its_figures(tmp_path: Path) -> None:
-    result = trainer.train(tiny(train__evaluate_every=1), tmp_path, quiet=True)
+    result = trainer.train(tiny(train__evaluate_every_epochs=1), tmp_path, quiet=True)
     assert json.loads((tmp_path / "metrics.json").read_text()) == result
     assert [entry["epoch"] for entry in result["ap_by_epoch"]] == [1.0, 2.0]
     assert set(result["uniform"]) == {"14", "112"}
     assert load_checkpoint(result["best"]).extra["step"] == 3  # the second evaluation was no better
     assert [line["phase"] for line in lines(tmp_path)] == [1, 1, 1, 2, 2, 2]
-    assert load_config(str(tmp_path / "config.yaml")) == tiny(train__evaluate_every=1)
+    assert load_config(str(tmp_path / "config.yaml")) == tiny(train__evaluate_every_epochs=1)
     assert any((tmp_path / "tensorboard").iterdir())
     means = [sum(line["loss"] for line in lines(tmp_path)[first : first + 3]) / 3 for first in (0, 3)]
     assert [epoch["total"] for epoch in result["losses"]] == pytest.approx(means)
@@ -178,8 +178,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 @pytest.mark.usefixtures("stand_in")
 def test_a_schedule_without_a_step_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^0\.1 epochs come to no step of 2 images: raise train\.epochs"):
-        trainer.train(tiny(train__warm_epochs=0, train__epochs=0.1), tmp_path / "run", quiet=True)
+    with pytest.raises(InputError, match=r"^0\.1 epochs come to no step of 2 images: raise train\.phase2_epochs"):
+        trainer.train(tiny(train__phase1_epochs=0, train__phase2_epochs=0.1), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
 
 
@@ -187,12 +187,12 @@ def test_a_schedule_without_a_step_is_refused_and_leaves_nothing(tmp_path: Path)
 def test_an_output_folder_is_neither_overwritten_nor_mixed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing to resume"):
         trainer.train(tiny(), tmp_path, resume=True, quiet=True)
-    trainer.train(tiny(train__warm_epochs=0), tmp_path, quiet=True)
+    trainer.train(tiny(train__phase1_epochs=0), tmp_path, quiet=True)
     with pytest.raises(InputError, match="--resume"):
         trainer.train(tiny(), tmp_path, quiet=True)
-    with pytest.raises(InputError, match=r"train\.rate 0\.05, not 0\.1"):
-        trainer.train(tiny(train__warm_epochs=0, train__rate=0.1), tmp_path, resume=True, quiet=True)
-    assert trainer.train(tiny(train__warm_epochs=0, train__epochs=2), tmp_path, resume=True, quiet=True)["steps"] == 6
+    with pytest.raises(InputError, match=r"train\.learning_rate 0\.05, not 0\.1"):
+        trainer.train(tiny(train__phase1_epochs=0, train__learning_rate=0.1), tmp_path, resume=True, quiet=True)
+    assert trainer.train(tiny(train__phase1_epochs=0, train__phase2_epochs=2), tmp_path, resume=True, quiet=True)["steps"] == 6
 
 
 def test_the_optimiser_spares_norms_and_biases_and_gives_the_switch_its_own_rate() -> None:
@@ -218,60 +218,62 @@ def test_coco_needs_its_files(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def instructive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Detections of an untrained model are worth nothing: say that they are."""
-    collect = trainer.collect_lessons
+def informative(monkeypatch: pytest.MonkeyPatch) -> None:
+    """IoUs that grow with the grid: those of an untrained model are 0 at every grid."""
+    collect = trainer.collect_samples
 
-    def lessons(*arguments: Any) -> Any:
+    def samples(*arguments: Any) -> Any:
         found = collect(*arguments)
-        return found and found._replace(worths=torch.linspace(0.5, 0.9, 4).expand(len(found.worths), 4))
+        return found and found._replace(ious=torch.linspace(0.5, 0.9, 4).expand(len(found.ious), 4))
 
-    monkeypatch.setattr(trainer, "collect_lessons", lessons)
+    monkeypatch.setattr(trainer, "collect_samples", samples)
 
 
-def test_the_switch_has_its_lessons_once_after_the_last_step(tmp_path: Path, unjudged: None, instructive: None) -> None:
-    config = tiny(train__switch_instances=8, model__score_threshold=0.0)
+def test_the_msm_is_calibrated_once_after_the_last_step(tmp_path: Path, unjudged: None, informative: None) -> None:
+    config = tiny(train__calibration_detections=8, model__score_threshold=0.0)
     result = trainer.train(config, tmp_path, quiet=True)
-    lessons = result["lessons"]
-    assert (lessons["step"], lessons["detections"]) == (result["steps"], 8) and lessons["mean_cost"] <= lessons["allowed_cost"]
+    figures = result["calibration"]
+    assert (figures["step"], figures["detections"]) == (result["steps"], 8) and figures["mean_gmacs"] <= figures["target_gmacs"]
     before = tiny(model__score_threshold=0.0)
-    assert trainer.train(before, tmp_path / "untaught", quiet=True)["lessons"] is None
-    taught, untaught = (load_checkpoint(folder / "model.safetensors").tensors for folder in (tmp_path, tmp_path / "untaught"))
-    changed = {name for name in taught if not torch.equal(taught[name], untaught[name])}
+    assert trainer.train(before, tmp_path / "uncalibrated", quiet=True)["calibration"] is None
+    calibrated, uncalibrated = (load_checkpoint(folder / "model.safetensors").tensors for folder in (tmp_path, tmp_path / "uncalibrated"))
+    changed = {name for name in calibrated if not torch.equal(calibrated[name], uncalibrated[name])}
     assert changed and all(".msm." in name for name in changed)
-    assert trainer.train(config, tmp_path, resume=True, quiet=True)["lessons"] == lessons
+    assert trainer.train(config, tmp_path, resume=True, quiet=True)["calibration"] == figures
     again = load_checkpoint(tmp_path / "model.safetensors").tensors
-    assert all(torch.equal(again[name], taught[name]) for name in taught)
+    assert all(torch.equal(again[name], calibrated[name]) for name in calibrated)
 
 
-def test_the_best_is_the_best_of_those_that_had_lessons(tmp_path: Path, instructive: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_the_best_of_the_calibrated_models(
+    tmp_path: Path, informative: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     falling = iter(range(90, 0, -1))
     figures = {"bbox": {"AP": 2.0}, "share": {"14": 1.0}, "images": 1, "detections": 1}
     monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {**figures, "segm": {"AP": float(next(falling)), "AP_L": None}})
-    config = tiny(train__switch_instances=8, model__score_threshold=0.0, train__evaluate_every=0.5)
+    config = tiny(train__calibration_detections=8, model__score_threshold=0.0, train__evaluate_every_epochs=0.5)
     result = trainer.train(config, tmp_path, quiet=True)
-    assert len(result["ap_by_epoch"]) > 1 and [entry["taught"] for entry in result["ap_by_epoch"][-2:]] == [False, True]
+    assert len(result["ap_by_epoch"]) > 1 and [entry["calibrated"] for entry in result["ap_by_epoch"][-2:]] == [False, True]
     best, latest = (load_checkpoint(tmp_path / f"{name}.safetensors").tensors for name in ("best", "model"))
     assert all(torch.equal(best[name], latest[name]) for name in latest)
 
 
-def test_lessons_alone_are_a_run(tmp_path: Path, unjudged: None) -> None:
-    alone = {"train__warm_epochs": 0, "train__epochs": 0, "train__drops": []}
-    result = trainer.train(tiny(**alone, train__switch_instances=8, model__score_threshold=0.0), tmp_path / "alone", quiet=True)
+def test_a_run_may_have_no_step_and_only_calibrate(tmp_path: Path, unjudged: None) -> None:
+    alone = {"train__phase1_epochs": 0, "train__phase2_epochs": 0, "train__rate_drop_epochs": []}
+    result = trainer.train(tiny(**alone, train__calibration_detections=8, model__score_threshold=0.0), tmp_path / "alone", quiet=True)
     assert result["steps"] == 0 and not result["interrupted"]
-    plain_head = {"train__switch_instances": 8, "model__mask_head": "maskrcnn", "model__mask_grid": 14}
+    plain_head = {"train__calibration_detections": 8, "model__mask_head": "maskrcnn", "model__mask_grid": 14}
     for fields in ({}, plain_head):
         with pytest.raises(InputError, match="no step"):
             trainer.train(tiny(**alone, **fields), tmp_path / "nothing", quiet=True)
 
 
-def test_lessons_that_were_interrupted_are_given_by_the_run_that_goes_on(
-    tmp_path: Path, unjudged: None, instructive: None, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_calibration_is_done_by_the_resumed_run(
+    tmp_path: Path, unjudged: None, informative: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(train__switch_instances=8, model__score_threshold=0.0)
+    config = tiny(train__calibration_detections=8, model__score_threshold=0.0)
     trainer.train(config, tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.ProgressReport, "lessons", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(trainer.ProgressReport, "calibration", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         result = trainer.train(config, tmp_path / "stopped", quiet=True)
     assert result["interrupted"] and result["steps"] == result["total_steps"]
     trainer.train(config, tmp_path / "stopped", resume=True, quiet=True)

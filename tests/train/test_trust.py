@@ -72,7 +72,9 @@ def test_what_is_not_finite_or_diverges_ends_the_run_with_its_batch_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     altered(monkeypatch, range(5, 6), change)
-    with pytest.raises(DynaMaskError, match=rf"^Step 5: {message}.*its batch is in {tmp_path}/failed-batch\.safetensors.*train\.rate"):
+    with pytest.raises(
+        DynaMaskError, match=rf"^Step 5: {message}.*its batch is in {tmp_path}/failed-batch\.safetensors.*train\.learning_rate"
+    ):
         trainer.train(tiny(), tmp_path, quiet=True)
     assert load_checkpoint(tmp_path / "model.safetensors").extra["step"] == 3
     tensors, fields = saved(tmp_path)

@@ -1,0 +1,235 @@
+"""Calibration of the MSM after training: its logits are regressed on the measured IoU of each grid's mask.
+
+In phase 2 the MSM learns from Eq. 3 and 4 through one sampled grid an instance (Eq. 2). That signal is noisy, and it measures each grid
+against a target of the grid's own resolution, so that a mask of 14 x 14 counts as right about a fern (docs/results/shapes.md). Calibration
+comes after the last step, when the features no longer change. It detects on training images, measures the IoU of each detection's mask at
+all four grids in pixels, as average precision does, and regresses the MSM's logits on that. `log p_k` is then, up to a constant, the
+expected IoU of grid k times `LOGITS_PER_IOU`, so that `argmax_k (log p_k - lambda c_k)` (`dynamask.msm.route`) is the best choice of grids
+for its mean cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamask.data.augment import TrainingItems
+from dynamask.inference import detect
+from dynamask.model import DynaMask, batch_rois
+from dynamask.msm import MaskSwitch
+from dynamask.train.schedule import mixed_seed
+from runtime.graph import GRIDS
+from runtime.paste import mask_crop
+
+IOU_RANGE = (0.45, 0.95)
+"""IoUs are clipped to this range: average precision counts the thresholds 0.50, 0.55, .. 0.95, and sees no difference beyond it."""
+LOGITS_PER_IOU = 10.0
+"""Difference of `log p_k` for a difference of 1 in IoU: a step of 0.05, from one of AP's thresholds to the next, makes a grid 1.65 times
+as likely."""
+EPOCHS, BATCH, RATE, DECAY = 12, 128, 2e-3, 1e-2
+"""Of AdamW, which fits the MSM."""
+_AUGMENTATION_EPOCH = 1_000_000
+"""The epoch number that seeds the augmentation of the calibration images; no training epoch has it."""
+
+
+class CalibrationSamples(NamedTuple):
+    """N detections on training images."""
+
+    regions: Tensor
+    """`[N, C, 14, 14] float16`, the MSM's input."""
+    ious: Tensor
+    """`[N, 4] float32`, the IoU of the mask at each grid, clipped to `IOU_RANGE`."""
+
+    @property
+    def informative(self) -> bool:
+        """Whether the IoU of at least one detection depends on the grid."""
+        return bool((self.ious != self.ious[:, :1]).any())
+
+
+def collect_samples(
+    model: DynaMask,
+    items: TrainingItems,
+    count: int,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> CalibrationSamples | None:
+    """Detect on training images, each at most once and in a random order, until there are `count` detections.
+
+    The detections are those of the model in evaluation mode, false ones included: their IoU is the lowest of `IOU_RANGE` at every grid.
+
+    Args:
+        model: back in its mode afterwards.
+        items: the training images.
+        count: the number of detections wanted; there are fewer if the images do not give as many.
+        seed: of the order of the images.
+        progress: called with the number of detections so far, and `count`, after each image.
+        stop: asked before each image.
+
+    Returns:
+        The samples, or None if `stop` returned True.
+    """
+    device, training = next(model.parameters()).device, model.training
+    # "switch" is part of the seed of every run so far: another word would give other images.
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(mixed_seed(seed, "switch"))).tolist()
+    regions: list[Tensor] = []
+    ious: list[Tensor] = []
+    found = 0
+    model.eval()
+    try:
+        for index in order:
+            if found >= count:
+                break
+            if stop():
+                return None
+            image, target = items[index, _AUGMENTATION_EPOCH]
+            image_regions, image_ious = _image_samples(model, image.to(device), target)
+            regions.append(image_regions)
+            ious.append(image_ious)
+            found += len(image_ious)
+            progress(min(found, count), count)
+    finally:
+        model.train(training)
+    return CalibrationSamples(torch.cat(regions)[:count], torch.cat(ious)[:count])
+
+
+@torch.inference_mode()
+def _image_samples(model: DynaMask, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The regions and IoUs of the detections in one image `[3, H, W]`."""
+    branch = model.mask_branch
+    pyramid, detections = detect(model, image[None])
+    filled = detections.scores > 0
+    boxes, labels = detections.boxes[filled], detections.labels[filled]
+    rois = batch_rois([boxes])
+    region = branch.region(pyramid, rois)
+    logits = [branch.heads.mask_logits(k, x, labels).float().cpu().numpy() for k, x in enumerate(branch.all_grids(pyramid, rois, region))]
+    ious = iou_by_grid(
+        logits, boxes.cpu().numpy(), labels.cpu().numpy(), target["masks"].numpy().astype(bool), target["labels"].numpy() - 1
+    )
+    return region.half().cpu(), torch.from_numpy(ious)
+
+
+def iou_by_grid(
+    logits: Sequence[npt.NDArray[np.float32]],
+    boxes: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    true_masks: npt.NDArray[np.bool_],
+    true_labels: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:
+    """IoU, in pixels, of each detection's pasted mask at each grid with the true mask of its class that it fits best.
+
+    Args:
+        logits: by grid, `[N, G, G] float32`.
+        boxes: `[N, 4] float32`, xyxy in pixels.
+        labels: `[N] int64`.
+        true_masks: `[M, H, W] bool`.
+        true_labels: `[M] int64`, numbered as `labels` are.
+
+    Returns:
+        `[N, 4] float32`, clipped to `IOU_RANGE`.
+    """
+    height, width = true_masks.shape[1:]
+    areas = true_masks.sum(axis=(1, 2))
+    ious = np.full((len(boxes), len(GRIDS)), IOU_RANGE[0], np.float32)
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        same_class = np.flatnonzero(true_labels == label)
+        if not len(same_class):
+            continue
+        overlaps = np.empty((len(GRIDS), len(same_class)))
+        for k in range(len(GRIDS)):
+            x0, y0, crop = mask_crop(logits[k][i], box, height, width)
+            shared = (true_masks[same_class, y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] & crop).sum(axis=(1, 2))
+            overlaps[k] = shared / np.maximum(areas[same_class] + crop.sum() - shared, 1)
+        ious[i] = overlaps[:, overlaps.max(axis=0).argmax()]
+    return ious.clip(*IOU_RANGE)
+
+
+def calibrate(msm: MaskSwitch, samples: CalibrationSamples, costs: Tensor, target_gmacs: float, seed: int) -> dict[str, float]:
+    """Regress the MSM's logits on the IoUs, then shift them by `-lambda c_k` so that their argmax keeps to a mean cost.
+
+    The regression starts from the weights that the MSM has. Its target is `LOGITS_PER_IOU` times the IoU; both sides are centred over the
+    grids, because the softmax does not see a constant. Lambda is the smallest for which the mean of `c_k` at
+    `argmax_k (log p_k - lambda c_k)` over the samples is at most `target_gmacs`; `-lambda c_k` goes into the last layer's bias. C_t is
+    thus met without a budget at inference, and a lower budget continues from there.
+
+    Args:
+        msm: changed in place.
+        costs: `[4] float32`, ascending, GMAC an instance.
+        target_gmacs: GMAC an instance.
+        seed: of the order of the samples.
+
+    Returns:
+        `variance_explained`: the share of the IoUs' variance between grids that the MSM predicts on the samples. `mean_gmacs` an instance
+        on the samples. `lambda`.
+    """
+    _regress(msm, samples, costs.device, seed)
+    with torch.inference_mode():
+        logits = torch.cat([msm(part.float().to(costs.device)) for part in samples.regions.split(8 * BATCH)])
+        wanted = _centred(LOGITS_PER_IOU * samples.ious)
+        residual = (_centred(logits).cpu() - wanted).square().sum()
+        lambda_ = smallest_lambda(torch.log_softmax(logits, dim=-1), costs, target_gmacs)
+        explained = 1 - float(residual / wanted.square().sum())
+    with torch.no_grad():
+        msm.fc2.bias.sub_(lambda_ * costs)
+    mean_gmacs = float(costs[(logits - lambda_ * costs).argmax(dim=-1)].mean())
+    return {"variance_explained": explained, "mean_gmacs": mean_gmacs, "lambda": lambda_}
+
+
+def _regress(msm: MaskSwitch, samples: CalibrationSamples, device: torch.device, seed: int) -> None:
+    """Least squares on the centred logits, with AdamW."""
+    regions, wanted = samples.regions, _centred(LOGITS_PER_IOU * samples.ious)
+    optimizer = torch.optim.AdamW(msm.parameters(), weight_decay=DECAY)
+    steps = EPOCHS * max(1, len(regions) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
+    # "fit switch" is part of the seed of every run so far: another word would give another order.
+    generator = torch.Generator().manual_seed(mixed_seed(seed, "fit switch"))
+    with torch.enable_grad():
+        for _ in range(EPOCHS):
+            for rows in _batches(len(regions), generator):
+                predicted = _centred(msm(regions[rows].float().to(device)))
+                loss = F.mse_loss(predicted, wanted[rows].to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(dim=-1, keepdim=True)
+
+
+def _batches(count: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """Row numbers in a random order, in whole batches; one smaller batch if there are fewer rows than a batch."""
+    order = torch.randperm(count, generator=generator)
+    return order.split(BATCH)[: max(1, count // BATCH)]
+
+
+def smallest_lambda(log_probabilities: Tensor, costs: Tensor, target_gmacs: float) -> float:
+    """The smallest lambda for which the mean cost of `argmax_k (log p_k - lambda c_k)` is at most `target_gmacs`, by bisection.
+
+    Exact to a millionth of the largest lambda that makes a difference. Below the smallest grid's cost, that largest lambda.
+
+    Args:
+        log_probabilities: `[N, 4] float32`.
+        costs: `[4] float32`, ascending, GMAC an instance.
+        target_gmacs: GMAC an instance.
+    """
+
+    def within_target(lambda_: float) -> bool:
+        return float(costs[(log_probabilities - lambda_ * costs).argmax(dim=-1)].mean()) <= target_gmacs
+
+    if within_target(0.0):
+        return 0.0
+    spread = float((log_probabilities.max(dim=-1).values - log_probabilities.min(dim=-1).values).max())
+    low, high = 0.0, 1.01 * spread / float((costs[1:] - costs[:-1]).min())
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (low, middle) if within_target(middle) else (middle, high)
+    return high
