@@ -1,15 +1,13 @@
-"""`dynamask bench`: what routing saves, and a frame against a peer."""
+"""`dynamask bench`: the mask branch, and a whole frame beside another model."""
 
 from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, cast
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from cli.bench_kernels import kernels
-from cli.bench_training import training
 from cli.options import Json
 
 if TYPE_CHECKING:
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from runtime.bundle import Manifest
 
 app = typer.Typer(help="Latency, side by side in one run.", no_args_is_help=True)
-app.command()(kernels)
-app.command()(training)
 
 DRAWN_IMAGES = 8
 """Images of shapes that are drawn where none are given."""
@@ -62,7 +58,7 @@ def routing(
     parts = _parts(distribution)
     with load(bundle, target, threads=threads) as predictor:
         eager = None if checkpoint is None else _eager(checkpoint, predictor.bundle.manifest, threads)
-        result = bench_routing(cast(Any, predictor.engine), instances, parts, repeats, eager)
+        result = bench_routing(predictor.engine, instances, parts, repeats, eager)
     _print_routing(result)
     if json is not None:
         write_json(json, result)
@@ -127,8 +123,8 @@ def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
     from dynamask.deform_conv import DeformConv2d
     from dynamask.inference import Detections, segment
     from export.export import read_model
-    from runtime.doctor import usable_cores
     from runtime.errors import InputError
+    from runtime.machine import usable_cores
 
     model, _ = read_model(checkpoint)
     preset, classes = model.config.model.preset, len(model.classes)
@@ -156,7 +152,7 @@ def _maskrcnn(manifest: Manifest, size: PeerSize, threads: int | None) -> Frame:
     import torch
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-    from runtime.doctor import usable_cores
+    from runtime.machine import usable_cores
 
     torch.set_num_threads(threads or usable_cores())
     limits = {"min_size": min(manifest.canvas), "max_size": max(manifest.canvas)} if size is PeerSize.same else {}

@@ -79,12 +79,21 @@ def dynamask(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 on a wrong call or bad input, 1 on failure, 130 on Ctrl-C.
+    """Run `dynamask` and return its exit status, as `run` does."""
+    return run(app, "dynamask", arguments)
 
-    What goes wrong is said in one sentence on standard error; `DYNAMASK_TRACEBACK=1` shows the traceback too.
+
+def run(command: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status: 0, 2 on a wrong call or bad input, 1 on failure, 130 on Ctrl-C.
+
+    An error is one sentence on standard error; `DYNAMASK_TRACEBACK=1` shows the traceback too.
+
+    Args:
+        name: the program's name, for its help and errors.
+        arguments: the process's own by default.
     """
     try:
-        status = app(args=arguments, prog_name="dynamask", standalone_mode=False) or 0
+        status = command(args=arguments, prog_name=name, standalone_mode=False) or 0
         sys.stdout.flush()
     except typer.exceptions.TyperException as error:
         return _fail(_usage_sentence(error), error.exit_code)

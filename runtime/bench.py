@@ -1,31 +1,28 @@
-"""Benchmarks: what routing saves in the mask branch, and a whole frame against a peer. All contenders take turns in one run."""
+"""Latency benchmarks: the mask branch when routed and with all instances at 112, and a whole frame beside another model."""
 
 from __future__ import annotations
 
-import platform
+import itertools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.doctor import processor, usable_cores
 from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM
+from runtime.machine import machine
+from runtime.timing import take_turns
 
 if TYPE_CHECKING:
     from runtime.bundle import Manifest
     from runtime.predictor import Predictor
-
-WARM_UP = 3
-_PACKAGES = ("onnxruntime", "numpy", "opencv-python-headless", "torch", "torchvision")
+    from runtime.targets.base import Engine
 
 
 class MaskEngine(Protocol):
-    """An engine whose mask branch runs on its own."""
+    """An engine whose mask branch can run alone."""
 
     manifest: Manifest
 
@@ -59,27 +56,32 @@ Frame = Callable[["NDArray[np.uint8]"], int]
 
 
 def bench_routing(
-    engine: MaskEngine,
+    engine: Engine,
     instances: int = 100,
     distribution: Sequence[float] = (35, 34, 21, 10),
     repeats: int = 20,
     eager: Eager | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The mask branch alone, on random features and boxes: instances spread over the grids against all at 112.
+    """Time the mask branch alone, on random features and boxes: with the instances spread over the grids, and with all at one grid.
 
     Args:
-        distribution: parts of the instances at 14, 28, 56 and 112 (paper, Table 9: 35, 34, 21, 10).
-        repeats: timed rounds; in each, every contender runs once, in rotated order. Medians are given.
-        eager: the same branch in PyTorch, to compare with.
+        engine: an engine whose mask branch can run alone, as ONNX Runtime's can.
+        instances: filled detection slots.
+        distribution: shares of the instances at 14, 28, 56 and 112 (paper, Table 9: 35, 34, 21, 10).
+        repeats: timed rounds; in each, every contender runs once, in rotating order. The results are medians.
+        eager: the same branch in PyTorch, timed too.
+        seed: of the random features, boxes and labels.
 
     Returns:
-        `routed_ms`, `largest_ms`, their `ratio`, `gmacs_ratio` (the same by counted cost), `uniform_ms` by grid, and with `eager` also
-        `eager_routed_ms`, `eager_largest_ms`, `engine_speedup` (`routed`, `largest`: eager's time over the engine's).
+        `routed_ms`, `largest_ms` (all at 112), their `ratio`, `gmacs_ratio` (the ratio of the counted multiply-accumulates), `uniform_ms`
+        by grid, and with `eager` also `eager_routed_ms`, `eager_largest_ms`, `engine_speedup` (`routed`, `largest`: eager's time over the
+        engine's).
 
     Raises:
-        InputError: instances, distribution or repeats make no sense.
+        InputError: the engine's mask branch cannot run alone, or instances, distribution or repeats are out of range.
     """
+    mask_engine = _mask_engine(engine)
     manifest = engine.manifest
     counts = spread(instances, distribution)
     if instances > manifest.detections:
@@ -87,10 +89,10 @@ def bench_routing(
     if repeats < 1:
         raise InputError(f"{repeats} repeats measure nothing; give 1 or more.")
     random = np.random.default_rng(seed)
-    inputs = random_inputs(engine, instances, random)
+    inputs = random_inputs(mask_engine, instances, random)
     overrides = {f"uniform {grid}": _override(manifest.detections, np.full(instances, g)) for g, grid in enumerate(GRIDS)}
     overrides["routed"] = _override(manifest.detections, random.permutation(np.repeat(np.arange(4), counts)))
-    contenders: dict[str, Callable[[], Any]] = {name: _engine_call(engine, inputs, override) for name, override in overrides.items()}
+    contenders: dict[str, Callable[[], Any]] = {name: _engine_call(mask_engine, inputs, override) for name, override in overrides.items()}
     if eager is not None:
         contenders["eager routed"] = _eager_call(eager, inputs, overrides["routed"])
         contenders["eager largest"] = _eager_call(eager, inputs, overrides["uniform 112"])
@@ -102,6 +104,15 @@ def bench_routing(
         **_routing_figures(times, counts, [manifest.grid_gmacs[grid] for grid in GRIDS]),
         "machine": machine(),
     }
+
+
+def _mask_engine(engine: Engine) -> MaskEngine:
+    if not hasattr(engine, "run_masks"):
+        raise InputError(
+            f"The engine for {engine.target} runs detector and mask branch as one, so that its mask branch cannot be timed alone; "
+            "give --target onnxruntime."
+        )
+    return cast(MaskEngine, engine)
 
 
 def _routing_figures(times: Mapping[str, float], counts: Sequence[int], gmacs: Sequence[float]) -> dict[str, Any]:
@@ -171,54 +182,30 @@ def random_boxes(count: int, height: int, width: int, random: np.random.Generato
     return np.stack([x, y, x + w, y + h], 1).astype(np.float32)
 
 
-def take_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
-    """Milliseconds of every call: after `warm_up` rounds, `repeats` in which each contender runs once, in an order that rotates."""
-    names = list(contenders)
-    for _ in range(warm_up):
-        for name in names:
-            contenders[name]()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name in names:
-            start = time.perf_counter()
-            contenders[name]()
-            times[name].append(1000 * (time.perf_counter() - start))
-        names = names[1:] + names[:1]
-    return times
-
-
 def bench_latency(
     predictor: Predictor, images: Sequence[NDArray[np.uint8]], against: Mapping[str, Frame], repeats: int = 1
 ) -> dict[str, Any]:
-    """A whole frame, from the decoded image to pasted masks: the engine against one peer, on the same images in turns.
+    """Time a whole frame, from the decoded image to pasted masks: the engine and one other model, on the same images in turns.
 
     Args:
         images: `[H, W, 3] uint8` RGB each.
-        against: the peer's name and how it handles a frame; exactly one.
-        repeats: times that every image is taken.
+        against: one entry: the peer's name -> a function that handles a frame.
+        repeats: rounds over the images.
 
     Returns:
         `engine_ms`, `peer_ms` (medians), `ratio` (the engine's over the peer's), `engine_fps`, `peer_fps`, and the mean number of instances
         that each found and pasted, `engine_instances`, `peer_instances`.
 
     Raises:
-        InputError: no images, or repeats that measure nothing.
+        InputError: there are no images or no repeats.
     """
     if not images or repeats < 1:
         raise InputError(f"{len(images)} images taken {repeats} times measure nothing; give at least one of both.")
     ((peer_name, peer),) = against.items()
-    found: dict[str, list[int]] = {"engine": [], "peer": []}
-    times: dict[str, list[float]] = {"engine": [], "peer": []}
     frames: dict[str, Frame] = {"engine": lambda image: paste_all(predictor, image), "peer": peer}
-    for frame in frames.values():
-        frame(images[0])
-    order = list(frames)
-    for image in [image for _ in range(repeats) for image in images]:
-        for name in order:
-            start = time.perf_counter()
-            found[name].append(frames[name](image))
-            times[name].append(1000 * (time.perf_counter() - start))
-        order.reverse()
+    found: dict[str, list[int]] = {name: [] for name in frames}
+    calls = {name: _frame_call(frame, images, found[name]) for name, frame in frames.items()}
+    times = take_turns(calls, repeats * len(images), warm_up=1)
     engine_ms, peer_ms = statistics.median(times["engine"]), statistics.median(times["peer"])
     return {
         "peer": peer_name,
@@ -229,23 +216,18 @@ def bench_latency(
         "ratio": engine_ms / peer_ms,
         "engine_fps": 1000 / engine_ms,
         "peer_fps": 1000 / peer_ms,
-        "engine_instances": statistics.mean(found["engine"]),
-        "peer_instances": statistics.mean(found["peer"]),
+        "engine_instances": statistics.mean(found["engine"][1:]),
+        "peer_instances": statistics.mean(found["peer"][1:]),
         "machine": machine(),
     }
+
+
+def _frame_call(frame: Frame, images: Sequence[NDArray[np.uint8]], found: list[int]) -> Callable[[], None]:
+    """A call that handles the next image and notes the number of instances; the first image comes twice, to warm up."""
+    upcoming = itertools.chain(images[:1], itertools.cycle(images))
+    return lambda: found.append(frame(next(upcoming)))
 
 
 def paste_all(predictor: Predictor, image: NDArray[np.uint8]) -> int:
     """One frame through the predictor up to every mask at image resolution; the number of instances."""
     return sum(1 for _ in predictor(image).crops())
-
-
-def machine() -> dict[str, Any]:
-    """What a figure was measured on: `cpu`, `cores` (those this process may use), `system`, and the `versions` of what matters."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"cpu": processor(), "cores": usable_cores(), "system": f"{platform.system()} {platform.machine()}", "versions": versions}

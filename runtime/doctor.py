@@ -6,10 +6,10 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 from runtime.errors import InputError
+from runtime.machine import processor, usable_cores
 from runtime.targets.registry import TARGETS, find_target
 
 _GPU_FIELDS = ("name", "memory_mib", "driver", "compute_capability")
@@ -37,11 +37,6 @@ def examine() -> dict[str, Any]:
         "gpus": find_gpus(),
         "targets": {**{target: _status(target) for target in TARGETS}, "torch": _torch()},
     }
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on; fewer than the machine has in a container that is pinned to some."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_gpus() -> list[dict[str, Any]]:
@@ -77,16 +72,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

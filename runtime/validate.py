@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.bench import machine
 from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco, to_rle
 from runtime.errors import InputError
 from runtime.graph import MSM
 from runtime.images import read_image
+from runtime.machine import machine
 from runtime.policies import Policy, parse_policy
 from runtime.statistics import RunStatistics, grid_statistics, timed_prediction
 

@@ -40,7 +40,7 @@ fi
 
 part doctor "$python" -m cli.main doctor --json "$output/doctor.json"
 part kernels "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_kernels.py tests/trt_plugins
-part bench "$python" -m cli.main bench kernels --json "$output/kernels.json"
+part bench "$python" -m benchmarks.kernels --json "$output/kernels.json"
 # Which GPUs TensorRT for RTX takes is not documented for all: here it says so itself.
 # A file, for the processes that compile kernels import it again.
 cat >"$scratch/try_engine.py" <<'PYTHON'

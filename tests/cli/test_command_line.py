@@ -27,8 +27,6 @@ COMMANDS = [
     ["validate"],
     ["bench", "routing"],
     ["bench", "latency"],
-    ["bench", "kernels"],
-    ["bench", "training"],
     ["data", "shapes"],
     ["data", "prepare"],
     ["flops"],

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import runtime.bench
-from runtime.bench import bench_latency, bench_routing, machine, random_boxes, spread, take_turns
+import runtime.timing
+from runtime.bench import bench_latency, bench_routing, random_boxes, spread
 from runtime.errors import InputError
+from runtime.machine import machine
+from runtime.timing import take_turns
 
 GMACS = {14: 0.25, 28: 0.5, 56: 0.75, 112: 1.0}
 COST_MS = (0.02, 0.04, 0.08, 0.16)
@@ -29,7 +31,7 @@ class _Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = _Clock()
-    monkeypatch.setattr(runtime.bench, "time", clock)
+    monkeypatch.setattr(runtime.timing, "time", clock)
     return clock
 
 
@@ -88,6 +90,11 @@ def test_every_contender_gets_the_same_instances(clock):
 def test_senseless_calls_are_refused(arguments, message, clock):
     with pytest.raises(InputError, match=message):
         bench_routing(_Engine(clock), **arguments)
+
+
+def test_a_mask_branch_that_cannot_run_alone_is_refused_in_a_sentence():
+    with pytest.raises(InputError, match=r"engine for tensorrt runs detector and mask branch as one.*; give --target onnxruntime\.$"):
+        bench_routing(SimpleNamespace(target="tensorrt"))
 
 
 def test_boxes_are_inside_the_canvas():

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import cli.main
-from cli.bench_kernels import _eager
+from benchmarks.kernels import cases as bench
+from benchmarks.kernels.__main__ import _eager, app
+from benchmarks.kernels.cases import KERNEL, Ceilings, Contender, Work, bench_kernels, deform_conv_work, input_sets, roofline, summary
+from cli.main import run
 from dynamask.config import R50, Config
 from dynamask.inference import RPN_NMS_THRESHOLD
 from dynamask.model import MaskBranch
 from dynamask.rfpn import STAGE_LEVELS
 from runtime.errors import InputError
 from runtime.graph import GRIDS
-from trt_plugins import bench, on_torch
-from trt_plugins.bench import KERNEL, Ceilings, Contender, Work, bench_kernels, deform_conv_work, input_sets, roofline, summary
+from trt_plugins import on_torch
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.roi_align import RoiAlign
 
@@ -185,7 +186,7 @@ def test_pasted_crops_are_the_host_s(small: None) -> None:
 
 def test_figures_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = {KERNEL: Contender([int]), "peer": Contender([int], graph=False)}
-    monkeypatch.setattr(bench, "take_turns", lambda given, runs: ({KERNEL: [2.0] * runs, "peer": [5.0] * runs}, {KERNEL: 4, "peer": 1}))
+    monkeypatch.setattr(bench, "call_times", lambda given, runs: ({KERNEL: [2.0] * runs, "peer": [5.0] * runs}, {KERNEL: 4, "peer": 1}))
     work = Work(2_000_000_000, 0)
     result = bench._measured(bench.Case("a case", torch.float16, contenders, work, 0.25), CEILINGS, 3)
     assert result["speedup"] == {"peer": 2.5}
@@ -205,7 +206,7 @@ def test_routed_over_largest_is_by_type_and_contender() -> None:
 
 def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main.main(["bench", "kernels"]) == 2
+    assert run(app, "benchmarks.kernels", []) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "NVIDIA GPU" in printed.err
 

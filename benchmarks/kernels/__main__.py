@@ -1,35 +1,41 @@
-"""`dynamask bench kernels`."""
+"""The command `python -m benchmarks.kernels`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.main import run
 from cli.options import Json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+
 PARTS = (35, 34, 21, 10)
-"""Of the instances at 14, 28, 56 and 112 (paper, Table 9)."""
-MOST_INSTANCES = 400
+"""Shares of the instances at 14, 28, 56 and 112 (paper, Table 9)."""
+MAX_INSTANCES = 400
 
 
+@app.command()
 def kernels(
-    instances: Annotated[int, typer.Option(min=1, max=MOST_INSTANCES, help="Instances in the image.")] = 100,
-    runs: Annotated[int, typer.Option(min=100, help="Timed runs of each contender; medians are given.")] = 100,
+    instances: Annotated[int, typer.Option(min=1, max=MAX_INSTANCES, help="Instances in the image.")] = 100,
+    runs: Annotated[int, typer.Option(min=100, help="Timed runs of each contender; the figures are medians.")] = 100,
     json: Json = None,
 ) -> None:
-    """Time the plugins' kernels on an NVIDIA GPU, at r50's sizes, against torchvision's operators in turns.
+    """Time the TensorRT plugins' kernels on an NVIDIA GPU, at r50's sizes, and torchvision's operators beside them.
 
-    Example: dynamask bench kernels --json kernels.json
+    Example: python -m benchmarks.kernels --json kernels.json
     """
-    from runtime.bench import machine, random_boxes, spread
+    from benchmarks.kernels.cases import CANVAS, CLASSES, bench_kernels, check_gpu
+    from runtime.bench import random_boxes, spread
     from runtime.doctor import find_gpus
     from runtime.files import write_json
-    from trt_plugins.bench import CANVAS, CLASSES, bench_kernels, check_gpu
+    from runtime.machine import machine
 
     check_gpu()
 
@@ -54,9 +60,9 @@ def _eager(branch: nn.Module, pyramid: Sequence[Tensor], boxes: Tensor, labels: 
 
     import torch
 
+    from benchmarks.kernels.cases import CANVAS
     from dynamask.inference import Detections, segment
     from dynamask.model import MaskBranch
-    from trt_plugins.bench import CANVAS
 
     detections = Detections(boxes, torch.ones_like(boxes[:, 0]), labels)
     return segment(cast(MaskBranch, branch), pyramid, detections, CANVAS, boxes.new_zeros(()), override).logits
@@ -93,3 +99,7 @@ def _print(result: dict[str, Any]) -> None:
     console.print(table)
     for dtype, ratios in result["routed_over_largest"].items():
         console.print(f"mask branch, {dtype}, routed / all at 112: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(run(app, "python -m benchmarks.kernels"))

@@ -29,8 +29,9 @@ from dynamask.mask_targets import grid_targets
 from dynamask.model import DynaMask, batch_rois
 from dynamask.train.log import ProgressReport
 from dynamask.train.trainer import Interruption, Run
-from runtime.bench import machine, take_turns
 from runtime.errors import DynaMaskError, InputError
+from runtime.machine import machine
+from runtime.timing import take_turns
 
 PEER = "torchvision Mask R-CNN R50"
 PHASES = {"DynaMask, phase 1": 1, "DynaMask, phase 2": 2}

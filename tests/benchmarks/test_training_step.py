@@ -1,4 +1,4 @@
-"""`dynamask bench training`: the same work for both models, figures that fit together, wrong calls."""
+"""The benchmark of a training step: the same work for both models, figures that fit together, wrong calls."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.ops import box_iou
 
+from benchmarks.training_step import measurement as bench
+from benchmarks.training_step.measurement import MaskRCNNPeer, bench_training, near_truths
 from dynamask.config import PRESETS, load_config
 from dynamask.mask_targets import grid_targets
-from dynamask.train import bench
-from dynamask.train.bench import MaskRCNNPeer, bench_training, near_truths
 from runtime.errors import InputError
 from tests.tiny import TINY
 

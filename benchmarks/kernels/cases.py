@@ -31,6 +31,7 @@ from torchvision.ops import MultiScaleRoIAlign, deform_conv2d, roi_align
 
 from runtime.errors import InputError
 from runtime.paste import Crop, covered_pixels, mask_crop
+from runtime.timing import take_turns
 from trt_plugins.deform_conv import DeformConv
 from trt_plugins.detections import Detections
 from trt_plugins.msm_route import MsmRoute
@@ -285,16 +286,12 @@ def routed_masks(
     return logits
 
 
-def take_turns(contenders: Mapping[str, Contender], runs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Milliseconds a call of every run, and how many calls a run has; in each round every contender runs once."""
+def call_times(contenders: Mapping[str, Contender], runs: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """By contender: the milliseconds of a call in each of its runs, and the number of calls in a run. They take turns."""
     batches = {name: _batch(contender) for name, contender in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in batches}
-    names = list(batches)
-    for _ in range(runs):
-        for name in names:
-            times[name].append(_elapsed_ms(batches[name].launch) / batches[name].calls)
-        names = names[1:] + names[:1]
-    return times, {name: batch.calls for name, batch in batches.items()}
+    times = take_turns({name: batch.launch for name, batch in batches.items()}, runs, warm_up=0, elapsed_ms=_elapsed_ms)
+    calls = {name: batch.calls for name, batch in batches.items()}
+    return {name: [time / calls[name] for time in values] for name, values in times.items()}, calls
 
 
 def measure_ceilings(runs: int) -> Ceilings:
@@ -307,7 +304,7 @@ def measure_ceilings(runs: int) -> Ceilings:
         contenders[_name(dtype)] = Contender([_bound(torch.mm, a, b)])
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     try:
-        times, _ = take_turns(contenders, runs)
+        times, _ = call_times(contenders, runs)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
     seconds = {name: statistics.median(values) / 1000 for name, values in times.items()}
@@ -346,7 +343,7 @@ def _elapsed_ms(run: Callable[[], object]) -> float:
 
 
 def _measured(case: Case, ceilings: Ceilings, runs: int) -> dict[str, Any]:
-    times, calls = take_turns(case.contenders, runs)
+    times, calls = call_times(case.contenders, runs)
     figures: dict[str, dict[str, Any]] = {
         name: {**summary(values), "calls": calls[name], "timing": "graph" if case.contenders[name].graph else "calls"}
         for name, values in times.items()

@@ -1,0 +1,1 @@
+"""Benchmarks for development, outside the installed packages: run them from a checkout."""

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.training_step`: a training step beside one of torchvision's Mask R-CNN."""
