@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 def stream(
     bundle: BundleFolder,
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="Videos, images or folders of images; each is a stream of its own.")
-    ],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Videos, images or folders of images; one stream each.")],
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.mp4|FOLDER",
-            help="Write the annotated video here. Without any of the three outputs: SOURCE-dynamask.mp4 in the current folder.",
+            help="Write the annotated video here. If neither this nor --jsonl nor --frames-dir is given: SOURCE-dynamask.mp4 in the"
+            " current folder.",
         ),
     ] = None,
     jsonl: Annotated[
