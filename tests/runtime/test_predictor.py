@@ -262,6 +262,16 @@ def test_a_closed_predictor_says_so(bundle):
             call()
 
 
+def test_a_closed_engine_says_so(bundle):
+    engine = load(bundle).engine
+    engine.close()
+    engine.close()
+    image = np.zeros((1, 3, 64, 64), np.float32)
+    for call in (lambda: engine.run(image), lambda: engine.run_masks([], [], [], []), lambda: engine.feature_shapes):
+        with pytest.raises(InputError, match=r"engine for onnxruntime of .*a\.bundle is closed; open the bundle again"):
+            call()
+
+
 def test_closing_waits_for_the_run_of_another_thread(predictor):
     engine = SlowEngine(predictor.engine)
     shared = Predictor(predictor.bundle, engine)
