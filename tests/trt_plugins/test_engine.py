@@ -494,6 +494,8 @@ def test_everything_is_freed(bundle, install):
     engine.close()
     engine.close()
     assert not driver.blocks and not driver.streams
+    with pytest.raises(InputError, match="is closed; open the bundle again"):
+        engine.run(image())
 
 
 def test_what_does_not_load_is_freed_and_said_in_a_sentence(bundle, install):
