@@ -15,18 +15,15 @@ POLICIES_HELP = (
 
 
 def check_file(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written, before the work whose result it is for.
+    """Refuse a file that cannot be written, before the work whose result it is for (`runtime.files.check_file`).
 
     Raises:
         InputError: it is a folder, or its folder cannot be made or written.
     """
-    from runtime.errors import InputError
-    from runtime.files import check_folder
+    from runtime import files
 
     if path is not None:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder, and a file is to be written there: give the file's name too.")
-        check_folder(path.parent)
+        files.check_file(path)
     return path
 
 

@@ -82,7 +82,7 @@ def plan_outputs(
         InputError: a source does not exist or is an output as well, two outputs are one file, or one file is given for several sources.
     """
     from runtime.errors import InputError
-    from runtime.files import check_apart, check_folder
+    from runtime.files import check_apart, check_file, check_folder
 
     given = {"video": output, "jsonl": jsonl, "frames": frames_dir}
     plans: list[dict[str, Path]] = []
@@ -92,7 +92,7 @@ def plan_outputs(
         plan = {kind: _place(kind, path, name, len(sources)) for kind, path in given.items() if path is not None}
         plans.append(plan or {"video": Path(f"{name}-dynamask.mp4")})
         for kind, path in plans[-1].items():
-            check_folder(path if kind == "frames" else path.parent)
+            check_folder(path) if kind == "frames" else check_file(path)
     check_apart([*(path for plan in plans for path in plan.values()), *([] if json is None else [json])], sources)
     return plans
 
@@ -133,12 +133,17 @@ def _open_sinks(source: Source, outputs: dict[str, Path]) -> list[Sink]:
     from runtime.sinks import FolderSink, JsonLinesSink, VideoSink
 
     sinks: list[Sink] = []
-    if "video" in outputs:
-        sinks.append(VideoSink(outputs["video"], source.frame_rate))
-    if "jsonl" in outputs:
-        sinks.append(JsonLinesSink(outputs["jsonl"]))
-    if "frames" in outputs:
-        sinks.append(FolderSink(outputs["frames"]))
+    try:
+        if "video" in outputs:
+            sinks.append(VideoSink(outputs["video"], source.frame_rate))
+        if "jsonl" in outputs:
+            sinks.append(JsonLinesSink(outputs["jsonl"]))
+        if "frames" in outputs:
+            sinks.append(FolderSink(outputs["frames"]))
+    except BaseException:
+        for sink in sinks:
+            sink.abandon()
+        raise
     return sinks
 
 
