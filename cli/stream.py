@@ -100,7 +100,10 @@ def plan_outputs(
 def _place(kind: str, path: Path, name: str, sources: int) -> Path:
     """Where the output of one of several sources goes: `path` itself, or a file or folder of the source's name in it."""
     from runtime.errors import InputError
+    from runtime.files import is_special
 
+    if is_special(path):
+        return path
     suffix = {"video": ".mp4", "jsonl": ".jsonl", "frames": ""}[kind]
     if sources > 1:
         if suffix and path.suffix.lower() == suffix and not path.is_dir():
