@@ -121,7 +121,7 @@ def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
     import torch
 
     from dynamask.deform_conv import DeformConv2d
-    from dynamask.inference import Detections, segment
+    from dynamask.detector import Detections
     from export.export import read_model
     from runtime.errors import InputError
     from runtime.machine import usable_cores
@@ -142,7 +142,7 @@ def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
     def eager(features: Any, boxes: Any, scores: Any, labels: Any, grid_override: Any) -> None:
         pyramid = [torch.from_numpy(feature) for feature in features]
         detections = Detections(torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(labels))
-        segment(branch, pyramid, detections, manifest.canvas, no_budget, torch.from_numpy(grid_override))
+        branch.segment(pyramid, detections, manifest.canvas, no_budget, torch.from_numpy(grid_override))
 
     return eager
 

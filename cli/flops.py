@@ -25,12 +25,29 @@ def flops(
     if model not in PRESETS:
         raise InputError(f"--model {model} is no preset: choose {' or '.join(PRESETS)}.")
 
-    from dynamask.flops import count
-
-    result = {**count(PRESETS[model], classes), "classes": classes}
+    result = _count(model, classes)
     if json is not None:
         write_json(json, result)
     _print_table(result)
+
+
+def _count(preset: str, classes: int) -> dict[str, Any]:
+    from dynamask.config import PRESETS, Config
+    from dynamask.flops import PAPER_GMACS
+    from dynamask.model import build_model, count_gmacs
+    from runtime.graph import GRIDS
+
+    config = PRESETS[preset]
+    gmacs = count_gmacs(build_model(Config(model=config), [{"id": i + 1, "name": str(i + 1)} for i in range(classes)]).eval())
+    return {
+        "model": preset,
+        "canvas": list(config.canvas),
+        "cumulative_gmacs": {str(grid): cost for grid, cost in gmacs.grids.items()},
+        "paper_gmacs": dict(zip(map(str, GRIDS), PAPER_GMACS, strict=True)),
+        "msm": gmacs.msm,
+        "detector": gmacs.detector,
+        "classes": classes,
+    }
 
 
 def _print_table(result: dict[str, Any]) -> None:

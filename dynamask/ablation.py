@@ -14,7 +14,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynamask.config import NO_EFFECT_ON_WEIGHTS, Config, first_difference, first_error, load_config, load_run_config
-from dynamask.flops import image_gmacs
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
 from dynamask.train.evaluate import evaluate
@@ -249,7 +248,7 @@ def _judge(config: Config, folder: Path, policies: tuple[str, ...]) -> dict[str,
         assert isinstance(model, DynaMask)
         costs, per_image = (
             dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True)),
-            image_gmacs(model.mask_branch, config.model.canvas),
+            model.mask_branch.image_gmacs(config.model.canvas),
         )
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         for policy in missing:
@@ -262,7 +261,7 @@ def _judge(config: Config, folder: Path, policies: tuple[str, ...]) -> dict[str,
                 "box_AP": figures["bbox"]["AP"],
                 "share": figures["share"],
                 "mean_gmacs": sum(costs[grid] * figures["share"][str(grid)] for grid in GRIDS),
-                "gmacs": {str(grid): cost for grid, cost in costs.items() if config.model.mask_grid in (None, grid)},
+                "gmacs": {str(grid): cost for grid, cost in costs.items() if grid in model.mask_branch.grids},
                 "image_gmacs": per_image,
                 "evaluation_seconds": time.monotonic() - started,
             }

@@ -1,4 +1,4 @@
-"""What DynaMask is compared with: Mask R-CNN's plain mask head (Table 1), and other pyramids in place of the r-FPN's fusion (Table 11)."""
+"""Baselines of the paper: Mask R-CNN's mask head (Table 1), and other pyramids for the r-FPN to crop from (Table 11)."""
 
 from __future__ import annotations
 
@@ -8,43 +8,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamask.config import TrainConfig
+from dynamask.detector import Detections
+from dynamask.flops import MacCounter
 from dynamask.initialise import gaussian, kaiming
+from dynamask.losses import grid_cross_entropy, switched_loss
+from dynamask.mask_branch import MaskBranch, MaskLosses, RoutedMasks
 from dynamask.rfpn import own_class_logits
+from dynamask.roi import image_rois
 from runtime.errors import InputError
-from runtime.graph import GRIDS
-
-NEVER = -1e4
-"""The logit of a grid that a Mask R-CNN head has not."""
+from runtime.graph import GRIDS, MSM
 
 
-class MaskRCNNConvolutions(nn.Module):
-    """The four 3 x 3 convolutions of Mask R-CNN's head (He et al., ICCV 2017), at half the masks' resolution: `[N, C, G / 2, G / 2]`.
+class MaskRCNNBranch(MaskBranch):
+    """Mask R-CNN's mask head (He et al., ICCV 2017): masks of one grid for all instances.
 
-    `tiny` holds them, and there are no stages behind: called as an r-FPN, it hands its feature on to whichever grid is asked for.
+    Four 3 x 3 convolutions at half the masks' resolution, a 2 x 2 transposed convolution of stride 2, and a 1 x 1 convolution
+    that has a row for each class.
+
+    Args:
+        channels: of the i-FPN.
+        outputs: rows of the last convolution, one for each class, or one in all.
+        grid: of the masks, one of `GRIDS`.
+        canonical_size: as in `MaskBranch`.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.tiny = nn.Sequential()
-        for _ in range(4):
-            self.tiny.extend([nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)])
-        kaiming(self.tiny)
+    msm = None
 
-    def lateral(self, pyramid: Sequence[Tensor]) -> list[Tensor]:
-        """P2..P5 -> three maps for stages that look at none."""
-        return [pyramid[0]] * 3
+    def __init__(self, channels: int, outputs: int, grid: int, canonical_size: float) -> None:
+        super().__init__(grid // 2, canonical_size)
+        self.grids = (grid,)
+        self.channels = channels
+        # The names of the parts are those of DynamicMaskBranch: `rfpn.tiny`, `heads.masks`.
+        self.rfpn = nn.ModuleDict({"tiny": _four_convolutions(channels)})
+        self.heads = MaskRCNNPredictor(channels, outputs)
+        self.register_buffer("costs", torch.tensor(self.grid_gmacs()), persistent=False)
 
-    def stage(self, k: int, region: Tensor, lateral: Tensor, rois: Tensor) -> Tensor:
-        """`region`, as it is."""
-        return region
+    def losses(
+        self, pyramid: Sequence[Tensor], rois: Tensor, labels: Tensor, targets: Sequence[Tensor], phase: int, recipe: TrainConfig
+    ) -> MaskLosses:
+        """Mask R-CNN's mask loss: cross-entropy at the head's own grid, averaged over cells and instances; the same in both phases."""
+        (logits,), (grid,) = self.mask_logits(pyramid, rois, labels), self.grids
+        loss = grid_cross_entropy([logits], [targets[GRIDS.index(grid)]])
+        losses = {"loss_mask": switched_loss(torch.ones_like(loss), loss)}
+        return MaskLosses(losses, {f"mask_{grid}": float(loss.detach().mean())})
+
+    def segment(
+        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Tensor, override: Tensor
+    ) -> RoutedMasks:
+        """As `MaskBranch.segment`; every instance gets the branch's grid, whatever the budget.
+
+        Raises:
+            InputError: `override` asks for another grid.
+        """
+        (grid,) = self.grids
+        index = GRIDS.index(grid)
+        filled = detections.scores > 0
+        if bool((filled & (override != MSM) & (override != index)).any()):
+            raise InputError(f"A Mask R-CNN head of {grid} x {grid} makes masks of no other grid: let the model choose.")
+        slots = torch.nonzero(filled)[:, 0]
+        (logits,) = self.mask_logits(pyramid, image_rois(detections.boxes[slots]), detections.labels[slots])
+        grids = torch.where(filled, index, -1)
+        by_grid = [(slots, logits) if g == grid else (slots[:0], logits.new_zeros(0, g, g)) for g in GRIDS]
+        return RoutedMasks(grids, *map(tuple, zip(*by_grid, strict=True)))
+
+    def mask_logits(self, pyramid: Sequence[Tensor], rois: Tensor, labels: Tensor) -> list[Tensor]:
+        """As `MaskBranch.mask_logits`: one tensor."""
+        return [self.heads(self.rfpn["tiny"](self.region(pyramid, rois)), labels)]
+
+    def edge_logits(self, pyramid: Sequence[Tensor], rois: Tensor) -> list[Tensor]:
+        """None: Mask R-CNN predicts no edges."""
+        return []
+
+    @torch.no_grad()
+    def grid_gmacs(self) -> list[float]:
+        """As `MaskBranch.grid_gmacs`: the cost that the head would have at each grid.
+
+        It is counted at the smallest grid, because convolutions cost in proportion to their area.
+        """
+        smallest = GRIDS[0]
+        with MacCounter(self) as counter:
+            self.heads.upsample(self.rfpn["tiny"](torch.zeros(1, self.channels, smallest // 2, smallest // 2)))
+        return [(counter.total() + self.channels * smallest**2 / 1e9) * (grid / smallest) ** 2 for grid in GRIDS]
 
 
 class MaskRCNNPredictor(nn.Module):
-    """Mask logits at one grid: a 2 x 2 transposed convolution of stride 2, and a 1 x 1 convolution with a row a class."""
+    """Features `[N, C, G / 2, G / 2]` and labels `[N]` (from 0) -> the logits `[N, G, G]` of each instance's own class."""
 
-    def __init__(self, channels: int, outputs: int, grid: int) -> None:
+    def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
-        self.grid = grid
         self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.masks = nn.Conv2d(channels, outputs, 1)
         # An output pixel sees one tap: He's variance is that of a 1 x 1 convolution.
@@ -52,30 +104,16 @@ class MaskRCNNPredictor(nn.Module):
         nn.init.zeros_(self.upsample.bias)  # type: ignore[arg-type]
         gaussian(0.02, self.masks)
 
-    def mask_logits(self, k: int, features: Tensor, labels: Tensor) -> Tensor:
-        """The logits `[N, G, G]` of each instance's own class (`labels [N]`, from 0) at `GRIDS[k]`.
-
-        Raises:
-            InputError: there are instances, and that is not the head's grid.
-        """
-        if GRIDS[k] == self.grid:
-            return own_class_logits(self.masks, F.relu(self.upsample(features)), labels)
-        if len(features):
-            raise InputError(f"A Mask R-CNN head of {self.grid} x {self.grid} makes no masks of {GRIDS[k]} x {GRIDS[k]}: ask for its own.")
-        return features.new_zeros(0, GRIDS[k], GRIDS[k])
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return own_class_logits(self.masks, F.relu(self.upsample(features)), labels)
 
 
-class OneGrid(nn.Module):
-    """In place of the MSM: logits `[N, 4]` that leave no choice but `grid`."""
-
-    def __init__(self, grid: int) -> None:
-        super().__init__()
-        self.index = GRIDS.index(grid)
-
-    def forward(self, region: Tensor) -> Tensor:
-        logits = torch.full((len(region), len(GRIDS)), NEVER, device=region.device)
-        logits[:, self.index] = 0.0
-        return logits
+def _four_convolutions(channels: int) -> nn.Sequential:
+    layers = nn.Sequential()
+    for _ in range(4):
+        layers.extend([nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(inplace=True)])
+    kaiming(layers)
+    return layers
 
 
 class PathAggregation(nn.Module):
@@ -136,4 +174,4 @@ class BidirectionalPyramid(nn.Module):
 
 
 PYRAMIDS: dict[str, Callable[[int], nn.Module]] = {"panet": PathAggregation, "bifpn": BidirectionalPyramid}
-"""`model.pyramid` -> what P2..P5 go through before the r-FPN's stages crop from them; `fpn` goes through nothing."""
+"""`model.pyramid` -> a module on P2..P5, made from their channels, whose outputs the r-FPN's stages crop from. `fpn` has none."""

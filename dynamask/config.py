@@ -81,6 +81,11 @@ class ModelConfig(_Strict):
     pyramid: Literal["fpn", "panet", "bifpn"] = "fpn"
     """What the i-FPN goes through before the stages crop from it (Table 11)."""
 
+    @property
+    def canonical_size(self) -> float:
+        """Side of a box that takes its RoI feature from P4, canvas pixels: 7 times the smallest anchor's."""
+        return 7.0 * self.anchor_sizes[0]
+
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if (self.mask_head == "maskrcnn") != (self.mask_grid is not None):

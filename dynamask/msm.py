@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamask.initialise import gaussian, kaiming
-from runtime.graph import MSM, SIZE_BASED
+from runtime.graph import GRIDS, MSM, SIZE_BASED
 
 
 class SqueezeExcitation(nn.Module):
@@ -94,6 +95,55 @@ def _indifference(log_probabilities: Tensor, costs: Tensor) -> Tensor:
 def size_based_grid(sizes: Tensor) -> Tensor:
     """The size-based rule (Eq. 8), `floor(4 + log2(size))` held to 0..3: `[N] -> [N] int64`."""
     return torch.floor(4 + torch.log2(sizes.clamp(min=1e-6))).clamp(0, 3).to(torch.int64)
+
+
+class Routing(NamedTuple):
+    """The instances that each stage of the r-FPN runs on. Stage k makes grid `GRIDS[k]`; stage 0 has all n instances."""
+
+    grids: Tensor
+    """`[K] int64`, by slot: 0..3, and -1 for an empty slot."""
+    continuing: tuple[Tensor, Tensor, Tensor]
+    """For stages 1 to 3: the instances that continue to it, as positions among those of the stage before, `int64`."""
+    exiting: tuple[Tensor, Tensor, Tensor, Tensor]
+    """For stages 0 to 3: the instances that exit there, as positions among those of that stage, `[n_g] int64`."""
+    slots: tuple[Tensor, Tensor, Tensor, Tensor]
+    """For stages 0 to 3: the detection slots of the instances that exit there, `[n_g] int64`."""
+
+
+def plan_routing(
+    msm_logits: Tensor,
+    boxes: Tensor,
+    override: Tensor,
+    slots: Tensor,
+    budget: Tensor,
+    costs: Tensor,
+    canvas: tuple[int, int],
+    detections: int,
+) -> Routing:
+    """The grid of each instance (`route`), and the instances that continue or exit at each stage.
+
+    Args:
+        msm_logits: `[n, 4]`.
+        boxes: `[n, 4]`, xyxy in canvas pixels.
+        override: `[n] int64`, as in `route`.
+        slots: `[n] int64`, the detection slot of each instance.
+        budget: `[]`, as in `route`.
+        costs: `[4]`, GMAC per instance.
+        canvas: height and width, pixels.
+        detections: K.
+    """
+    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
+    sides = torch.sqrt(areas / float(canvas[0] * canvas[1]))
+    grids = route(torch.log_softmax(msm_logits, dim=-1), costs, budget, sides, override)
+    all_grids = torch.full((detections,), -1, dtype=torch.int64, device=grids.device).scatter(0, slots, grids)
+    continuing, exiting, exit_slots = [], [], []
+    for k in range(len(GRIDS)):
+        if k > 0:
+            continuing.append(torch.nonzero(grids >= k)[:, 0])
+            grids, slots = grids.index_select(0, continuing[-1]), slots.index_select(0, continuing[-1])
+        exiting.append(torch.nonzero(grids == k)[:, 0])
+        exit_slots.append(slots.index_select(0, exiting[-1]))
+    return Routing(all_grids, tuple(continuing), tuple(exiting), tuple(exit_slots))  # type: ignore[arg-type]
 
 
 def gumbel_noise(shape: Sequence[int], device: torch.device | None = None) -> Tensor:

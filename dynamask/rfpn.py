@@ -37,6 +37,7 @@ class RegionFPN(nn.Module):
         pyramid: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.pyramid_channels, self.channels = pyramid_channels, tuple(channels)
         self.tiny = nn.Sequential(
             nn.Conv2d(pyramid_channels, channels[0], 3, padding=1),
             nn.ReLU(inplace=True),

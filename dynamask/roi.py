@@ -15,6 +15,17 @@ def roi_align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: in
     return torchvision_roi_align(feature, rois, (size, size), 1.0 / stride, samples, aligned)
 
 
+def image_rois(boxes: Tensor) -> Tensor:
+    """Boxes `[n, 4]` of a single image -> RoIs `[n, 5]`, with image index 0."""
+    return torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
+
+
+def batch_rois(boxes: Sequence[Tensor]) -> Tensor:
+    """Boxes `[n_b, 4]` of each image -> RoIs `[sum n_b, 5]`, the image's index first."""
+    index = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
+    return torch.cat([index, torch.cat(list(boxes))], dim=1)
+
+
 def pyramid_level(rois: Tensor, canonical_size: float) -> Tensor:
     """The usual FPN rule (Lin et al., CVPR 2017, Eq. 1): index into P2..P5, `[N] int64`, of each RoI `[N, 5]`.
 

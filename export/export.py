@@ -15,16 +15,13 @@ import torch
 
 import dynamask
 from dynamask.config import CANVAS_SIDES, PRESETS, Config, canvas_fits
-from dynamask.flops import MacCounter, grid_gmacs, msm_gmacs
-from dynamask.inference import detect
-from dynamask.model import DynaMask, build_model
+from dynamask.model import DynaMask, build_model, count_gmacs
 from dynamask.train.checkpoint import load_model
 from export.graph import export_graph
 from export.onnxruntime_engine import build_onnxruntime
 from export.parity import measure_parity
 from runtime.bundle import MODEL, Bundle, Manifest
 from runtime.errors import DynaMaskError, InputError
-from runtime.graph import GRIDS
 from runtime.images import read_image
 from runtime.preprocess import letterbox_normalise
 from runtime.targets.registry import open_engine
@@ -56,7 +53,7 @@ def export_bundle(
     """
     model, trained = read_model(checkpoint, canvas)
     config = model.config.model
-    if config.mask_head != "dynamask":
+    if model.mask_branch.msm is None:
         raise InputError(f"{checkpoint} has a Mask R-CNN head, a baseline to train and judge only: export a DynaMask.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, MODEL)
@@ -107,8 +104,7 @@ def read_model(checkpoint: str | os.PathLike[str], canvas: tuple[int, int] | Non
 
 def _manifest(model: DynaMask) -> Manifest:
     config = model.config.model
-    with torch.inference_mode(), MacCounter(model) as counter:
-        detect(model, torch.zeros(1, 3, *config.canvas))
+    gmacs = count_gmacs(model)
     return Manifest.model_validate(
         {
             "preset": config.preset,
@@ -118,9 +114,9 @@ def _manifest(model: DynaMask) -> Manifest:
             "std": config.std,
             "detections": config.detections,
             "score_threshold": config.score_threshold,
-            "grid_gmacs": dict(zip(GRIDS, grid_gmacs(model.mask_branch), strict=True)),
-            "msm_gmacs": msm_gmacs(model.mask_branch),
-            "detector_gmacs": counter.total(),
+            "grid_gmacs": gmacs.grids,
+            "msm_gmacs": gmacs.msm,
+            "detector_gmacs": gmacs.detector,
             "versions": {"dynamask": dynamask.__version__, "torch": torch.__version__, "onnx": onnx.__version__},
         }
     )

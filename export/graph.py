@@ -11,7 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from dynamask.inference import RPN_NMS_THRESHOLD, detector_pass, mask_pass
+from dynamask.detector import RPN_NMS_THRESHOLD
+from dynamask.mask_branch import DynamicMaskBranch
 from dynamask.model import DynaMask
 from export.seams import DETECTOR_SEAMS, MASK_SEAMS, GraphFacts, write_facts
 from runtime.files import atomic_path
@@ -31,9 +32,11 @@ class InferenceGraph(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor, min_score: Tensor, budget: Tensor, grid_override: Tensor) -> tuple[Tensor, ...]:
-        found = detector_pass(self.model, image, min_score)
+        branch = self.model.mask_branch
+        assert isinstance(branch, DynamicMaskBranch)
+        found = self.model.detect(image, min_score)
         canvas = (image.shape[-2], image.shape[-1])
-        masks = mask_pass(self.model.mask_branch, found.pyramid[:4], found.detections, canvas, budget, grid_override)
+        masks = branch.mask_pass(found.pyramid, found.detections, canvas, budget, grid_override)
         routing = masks.routing
         outputs = (*found.detections, routing.grids, *routing.slots, *masks.logits)
         detector_seams = (
@@ -46,7 +49,15 @@ class InferenceGraph(nn.Module):
             found.class_logits,
             found.box_deltas,
         )
-        mask_seams = (masks.slots, masks.mask_boxes, masks.mask_overrides, masks.region, masks.msm_logits, *routing.onward, *routing.here)
+        mask_seams = (
+            masks.slots,
+            masks.mask_boxes,
+            masks.mask_overrides,
+            masks.region,
+            masks.msm_logits,
+            *routing.continuing,
+            *routing.exiting,
+        )
         return (*outputs, *detector_seams, *mask_seams)
 
 
@@ -93,7 +104,7 @@ def graph_facts(model: DynaMask, canvas: tuple[int, int]) -> GraphFacts:
             "proposals_per_level": config.proposals_per_level,
             "proposals": config.proposals,
             "proposal_nms_threshold": RPN_NMS_THRESHOLD,
-            "canonical_size": model.mask_branch.canonical_size,
+            "canonical_size": config.canonical_size,
             "detections": config.detections,
             "score_threshold": config.score_threshold,
             "nms_threshold": config.nms_threshold,

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dynamask.inference import GraphOutput, predict
-from dynamask.model import DynaMask
+from dynamask.model import DynaMask, GraphOutput
 from runtime.errors import DynaMaskError
 from runtime.graph import GRIDS, MSM, SIZE_BASED
 from runtime.targets.base import Engine, EngineOutput
@@ -56,7 +55,7 @@ def measure_parity(model: DynaMask, engine: Engine, canvases: Iterable[npt.NDArr
     for canvas in canvases:
         parity.images += 1
         for budget, override in [(0.0, MSM), (half, MSM), (0.0, len(GRIDS) - 1), (0.0, SIZE_BASED)]:
-            wanted = predict(model, torch.from_numpy(canvas), budget, override)
+            wanted = model.predict(torch.from_numpy(canvas), budget, override)
             _compare(parity, wanted, engine.run(canvas, budget or None, override))
     if not parity.instances:
         raise DynaMaskError("No instance was found on the images that parity was to be measured on: give others with --images.")

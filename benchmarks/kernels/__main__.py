@@ -42,11 +42,11 @@ def kernels(
     import numpy as np
     import torch
 
-    from dynamask.config import R50, Config
-    from dynamask.model import MaskBranch
+    from dynamask.config import R50
+    from dynamask.model import build_mask_branch
 
     boxes = torch.from_numpy(random_boxes(instances, *CANVAS, np.random.default_rng(0)))
-    branch = MaskBranch(Config(model=R50), CLASSES).eval()
+    branch = build_mask_branch(R50, CLASSES).eval()
     result = bench_kernels(branch, _eager, boxes, spread(instances, PARTS), runs)
     result["machine"], result["cuda"], result["gpus"] = machine(), torch.version.cuda, find_gpus()
     result["machine"]["versions"]["triton"] = _version("triton")
@@ -61,11 +61,11 @@ def _eager(branch: nn.Module, pyramid: Sequence[Tensor], boxes: Tensor, labels: 
     import torch
 
     from benchmarks.kernels.cases import CANVAS
-    from dynamask.inference import Detections, segment
-    from dynamask.model import MaskBranch
+    from dynamask.detector import Detections
+    from dynamask.mask_branch import MaskBranch
 
     detections = Detections(boxes, torch.ones_like(boxes[:, 0]), labels)
-    return segment(cast(MaskBranch, branch), pyramid, detections, CANVAS, boxes.new_zeros(()), override).logits
+    return cast(MaskBranch, branch).segment(pyramid, detections, CANVAS, boxes.new_zeros(()), override).logits
 
 
 def _version(package: str) -> str:

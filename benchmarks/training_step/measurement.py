@@ -26,7 +26,8 @@ from dynamask.config import PRESETS, Config, parse_config
 from dynamask.data.shapes import write_dataset
 from dynamask.distributed import World
 from dynamask.mask_targets import grid_targets
-from dynamask.model import DynaMask, batch_rois
+from dynamask.model import DynaMask
+from dynamask.roi import batch_rois
 from dynamask.train.log import ProgressReport
 from dynamask.train.trainer import Interruption, Run
 from runtime.errors import DynaMaskError, InputError

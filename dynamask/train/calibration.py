@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask.data.augment import TrainingItems
-from dynamask.inference import detect
-from dynamask.model import DynaMask, batch_rois
+from dynamask.model import DynaMask
 from dynamask.msm import MaskSwitch
+from dynamask.roi import image_rois
 from dynamask.train.schedule import mixed_seed
 from runtime.graph import GRIDS
 from runtime.paste import mask_crop
@@ -103,12 +103,13 @@ def collect_samples(
 def _image_samples(model: DynaMask, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The regions and IoUs of the detections in one image `[3, H, W]`."""
     branch = model.mask_branch
-    pyramid, detections = detect(model, image[None])
+    found = model.detect(image[None])
+    detections = found.detections
     filled = detections.scores > 0
     boxes, labels = detections.boxes[filled], detections.labels[filled]
-    rois = batch_rois([boxes])
-    region = branch.region(pyramid, rois)
-    logits = [branch.heads.mask_logits(k, x, labels).float().cpu().numpy() for k, x in enumerate(branch.all_grids(pyramid, rois, region))]
+    rois = image_rois(boxes)
+    region = branch.region(found.pyramid, rois)
+    logits = [x.float().cpu().numpy() for x in branch.mask_logits(found.pyramid, rois, labels)]
     ious = iou_by_grid(
         logits, boxes.cpu().numpy(), labels.cpu().numpy(), target["masks"].numpy().astype(bool), target["labels"].numpy() - 1
     )

@@ -11,7 +11,6 @@ import torch
 
 from dynamask.config import Config
 from dynamask.data.coco import LabelledDataset
-from dynamask.inference import predict
 from dynamask.model import DynaMask
 from runtime.budget import BudgetKeeper
 from runtime.coco_metrics import evaluate_coco
@@ -46,7 +45,7 @@ def evaluate(
         By IoU type AP, AP50, AP75, AP_S, AP_M, AP_L, of LVIS also AP_r, AP_c, AP_f, times 100; `share` of each grid among the detections,
         `images`, `detections`; None if `stop` said so.
     """
-    if config.model.mask_grid is not None:
+    if model.mask_branch.msm is None:
         policy = ROUTED
     elif grid is not None:
         policy = Policy(f"uniform-{grid}", grid_override=GRIDS.index(grid))
@@ -84,11 +83,11 @@ def detect(
 ) -> Instances:
     """The instances in an image `[H, W, 3] uint8` RGB, found by the PyTorch model in evaluation mode; boxes in the image's pixels.
 
-    `budget_gmacs` and `grid_override` are as in `dynamask.inference.predict`.
+    `budget_gmacs` and `grid_override` are those of `DynaMask.predict`.
     """
     device = next(model.parameters()).device
     canvas, scale = letterbox_normalise(image, *config.model.canvas, config.model.mean, config.model.std)
-    output = predict(model, torch.from_numpy(canvas).to(device), budget_gmacs, grid_override)
+    output = model.predict(torch.from_numpy(canvas).to(device), budget_gmacs, grid_override)
     filled = output.scores > 0
     logits: dict[int, npt.NDArray[np.float32]] = {}
     for slots, crops in zip(output.slots, output.logits, strict=True):

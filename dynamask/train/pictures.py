@@ -17,8 +17,8 @@ from dynamask.config import Config
 from dynamask.data.canvas import InstanceDataset, to_canvas
 from dynamask.losses import edge_target
 from dynamask.mask_targets import grid_targets
-from dynamask.model import DynaMask, batch_rois
-from dynamask.rfpn import GridHeads
+from dynamask.model import DynaMask
+from dynamask.roi import image_rois
 from dynamask.train.evaluate import detect
 from runtime.annotate import GRID_COLORS, annotate
 from runtime.files import atomic_path
@@ -60,13 +60,12 @@ def draw_pictures(
         log: the run's steps, lines of `log.jsonl`.
         evaluations: the run's evaluations.
     """
-    heads = model.mask_branch.heads
     items = [dataset[index] for index in dataset.indices_with_instances[: config.train.pictures]]
     training = model.training
     model.eval()
     try:
         found = [detect(model, image, config, model.classes) for image, _ in items]
-        edges = {"edges": edge_maps(model, heads, items, config)} if isinstance(heads, GridHeads) else {}
+        edges = {"edges": edge_maps(model, items, config)} if model.mask_branch.msm is not None else {}
     finally:
         model.train(training)
     return {
@@ -115,7 +114,7 @@ def class_shares(found: Sequence[Instances]) -> Image:
 
 
 @torch.no_grad()
-def edge_maps(model: DynaMask, heads: GridHeads, items: Sequence[tuple[Image, dict[str, Any]]], config: Config) -> Image:
+def edge_maps(model: DynaMask, items: Sequence[tuple[Image, dict[str, Any]]], config: Config) -> Image:
     """A row an image: its largest instance, then at each grid the edge target (Eq. 4) and the edge predicted in the true box."""
     device, sizes = next(model.parameters()).device, config.model
     rows = [_header()]
@@ -124,14 +123,12 @@ def edge_maps(model: DynaMask, heads: GridHeads, items: Sequence[tuple[Image, di
         if not len(placed["labels"]):
             continue
         largest = int(placed["masks"].sum(dim=(1, 2)).argmax())
-        rois = batch_rois([placed["boxes"][largest, None].to(device)])
+        rois = image_rois(placed["boxes"][largest, None].to(device))
         pyramid = model.backbone(canvas[None].to(device))
-        branch = model.mask_branch
-        features = branch.all_grids(pyramid, rois, branch.region(pyramid, rois))
+        logits = model.mask_branch.edge_logits(pyramid, rois)
         targets = grid_targets(placed["masks"][largest, None].to(device), rois)
         cells = [_crop(canvas.permute(1, 2, 0).numpy() * sizes.std + sizes.mean, placed["boxes"][largest].tolist())]
-        for k, (feature, mask) in enumerate(zip(features, targets, strict=True)):
-            predicted = heads.edge_logits(k, feature)
+        for predicted, mask in zip(logits, targets, strict=True):
             for edge in (edge_target(mask)[0], predicted[0].sigmoid()):
                 cells.append(_cell(edge.float().cpu().numpy()))
         rows.append(_tiled(cells, columns=len(cells)))

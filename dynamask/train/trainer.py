@@ -31,8 +31,7 @@ from dynamask.data.coco import CocoDataset, LabelledDataset, Part, coco_2017
 from dynamask.data.lvis import lvis_v1
 from dynamask.data.shapes import ShapesDataset
 from dynamask.distributed import World, averaged, joined
-from dynamask.model import LARGEST_PAPER_COST, DynaMask, build_model
-from dynamask.msm import MaskSwitch
+from dynamask.model import DynaMask, build_model
 from dynamask.train.calibration import calibrate, collect_samples
 from dynamask.train.checkpoint import (
     TrainingState,
@@ -96,7 +95,7 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
             )
         state = _state_to_resume(config, output, resume or (world.restarted and (output / "state.safetensors").exists()))
         run = Run.prepared(config, output, state, report, interruption, world)
-        if run.schedule.total_steps == 0 and not (config.train.calibration_detections and config.model.mask_head == "dynamask"):
+        if run.schedule.total_steps == 0 and not (config.train.calibration_detections and run.model.mask_branch.msm is not None):
             epochs = config.train.phase1_epochs + config.train.phase2_epochs
             raise InputError(
                 f"{epochs:g} epochs come to no step of {config.train.batch} images: raise train.phase2_epochs or lower "
@@ -330,7 +329,7 @@ class Run:
         """
         wanted = self.config.train.calibration_detections
         given = self.calibration is not None and (self.calibration["step"], self.calibration["requested"]) == (self.step, wanted)
-        if not wanted or given or self.config.model.mask_head == "maskrcnn":
+        if not wanted or given or self.model.mask_branch.msm is None:
             return True
         self.evaluations = [entry for entry in self.evaluations if entry["step"] != self.step]
         figures = self._calibration(wanted) if self.world.is_main else {}
@@ -342,7 +341,7 @@ class Run:
 
     def _calibration(self, wanted: int) -> dict[str, Any] | None:
         branch, seed = self.model.mask_branch, self.config.train.seed
-        assert isinstance(branch.msm, MaskSwitch)
+        assert branch.msm is not None
         self.report.start(0, wanted)
         samples = collect_samples(self.model, self.train_set, wanted, seed, self.report.calibration, self.interruption)
         if samples is None:
@@ -354,7 +353,7 @@ class Run:
                 "grid than at another; train the masks for longer first."
             )
         else:
-            target = self.config.train.target_paper_gmacs / LARGEST_PAPER_COST * float(branch.costs[-1])
+            target = branch.gmacs_of_paper(self.config.train.target_paper_gmacs)
             figures |= {"target_gmacs": target, **calibrate(branch.msm, samples, branch.costs, target, seed)}
             self.report.message(
                 f"Calibrated the MSM on {len(samples.regions)} detections: it explains {figures['variance_explained']:.0%} of the variance "
@@ -424,7 +423,7 @@ class Run:
                 str(grid): evaluate(
                     self.model, self.val_set, self.config, self.config.train.evaluate_images, grid=grid, stop=self.interruption
                 )
-                for grid in (UNIFORM_GRIDS if self.config.model.mask_head == "dynamask" else ())
+                for grid in (UNIFORM_GRIDS if self.model.mask_branch.msm is not None else ())
             }
             if None in uniform.values():
                 return

@@ -18,9 +18,9 @@ from benchmarks.kernels import cases as bench
 from benchmarks.kernels.__main__ import _eager, app
 from benchmarks.kernels.cases import KERNEL, Ceilings, Contender, Work, bench_kernels, deform_conv_work, input_sets, roofline, summary
 from cli.main import run
-from dynamask.config import R50, Config
-from dynamask.inference import RPN_NMS_THRESHOLD
-from dynamask.model import MaskBranch
+from dynamask.config import R50
+from dynamask.detector import RPN_NMS_THRESHOLD
+from dynamask.model import build_mask_branch
 from dynamask.rfpn import STAGE_LEVELS
 from runtime.errors import InputError
 from runtime.graph import GRIDS
@@ -164,7 +164,7 @@ def test_proposals_and_detections_find_what_torchvision_finds(small: None) -> No
 
 def test_the_mask_branch_with_kernels_gives_pytorch_s_masks(small: None) -> None:
     model = R50.model_copy(update={"canvas": (64, 64), "fpn_channels": 8, "stage_channels": (8, 8, 8, 8)})
-    branch = MaskBranch(Config(model=model), 3).eval()
+    branch = build_mask_branch(model, 3).eval()
     for stage in cast(Any, branch.rfpn.stages):
         nn.init.normal_(stage.align_offset.weight, std=0.1)
     branch.canonical_size = bench.REGION.values["canonical_size"]
@@ -227,7 +227,7 @@ def test_what_measures_nothing_is_refused(counts: Sequence[int], runs: int) -> N
 @pytest.mark.gpu
 def test_the_whole_benchmark_on_a_gpu() -> None:
     boxes = BOXES * 10
-    result = bench_kernels(MaskBranch(Config(model=R50), bench.CLASSES).eval(), _eager, boxes, [1, 1, 0, 1], runs=2)
+    result = bench_kernels(build_mask_branch(R50, bench.CLASSES).eval(), _eager, boxes, [1, 1, 0, 1], runs=2)
     assert {case["name"].split()[0].rstrip(":,") for case in result["cases"]} == {
         "DeformConv", "RoiAlign", "Proposals", "Detections", "MsmRoute", "PasteMasks", "mask",
     }  # fmt: skip

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dynamask.backbone import PyramidBackbone
 from dynamask.config import LITE0, Config
-from dynamask.inference import detector_pass, mask_pass
 from dynamask.model import DynaMask, build_model
 from export.graph import export_graph
 
@@ -50,10 +49,10 @@ def model() -> DynaMask:
         nn.init.normal_(stage.align_offset.bias, std=1.0)
         nn.init.normal_(stage.attend_offset.bias, std=1.0)
     with torch.no_grad():
-        found = detector_pass(model, torch.randn(1, 3, *CANVAS))
+        found = model.detect(torch.randn(1, 3, *CANVAS))
         classifier.bias -= found.class_logits.mean(dim=0)
-        found = detector_pass(model, torch.randn(1, 3, *CANVAS))
-        masks = mask_pass(branch, found.pyramid[:4], found.detections, CANVAS, torch.tensor(0.0), torch.full((20,), -1))
+        found = model.detect(torch.randn(1, 3, *CANVAS))
+        masks = branch.mask_pass(found.pyramid, found.detections, CANVAS, torch.tensor(0.0), torch.full((20,), -1))
         branch.msm.fc2.bias -= masks.msm_logits.mean(dim=0)
     return model
 

@@ -12,7 +12,6 @@ import onnxruntime
 import pytest
 import torch
 
-from dynamask.inference import detector_pass, mask_pass
 from dynamask.model import DynaMask
 from export.seams import DETECTOR_SEAMS, FACTS, HERE, MASK_SEAMS, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, read_facts, write_facts
 from runtime.errors import InputError
@@ -28,11 +27,11 @@ def image() -> torch.Tensor:
 @pytest.fixture(scope="module")
 def wanted(model: DynaMask, image: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
-        found = detector_pass(model, image)
+        found = model.detect(image)
         overrides = torch.full((20,), -1)
-        masks = mask_pass(model.mask_branch, found.pyramid[:4], found.detections, CANVAS, torch.tensor(0.025), overrides)
+        masks = model.mask_branch.mask_pass(found.pyramid, found.detections, CANVAS, torch.tensor(0.025), overrides)
     lists = [(PYRAMID, found.pyramid[:4]), (RPN_LOGITS, found.rpn_logits), (RPN_DELTAS, found.rpn_deltas)]
-    lists += [(ONWARD, masks.routing.onward), (HERE, masks.routing.here)]
+    lists += [(ONWARD, masks.routing.continuing), (HERE, masks.routing.exiting)]
     seams = {name: tensor for names, tensors in lists for name, tensor in zip(names, tensors, strict=True)}
     seams |= {name: getattr(found, name) for name in DETECTOR_SEAMS if name not in seams}
     return seams | {name: getattr(masks, name) for name in MASK_SEAMS if name not in seams}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from dynamask.config import LITE0, R50, ModelConfig
-from dynamask.inference import RPN_NMS_THRESHOLD
+from dynamask.detector import RPN_NMS_THRESHOLD
 from runtime.bench import random_boxes
 from runtime.graph import GRIDS
 from trt_plugins.deform_conv import DeformConv

@@ -12,14 +12,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor as TorchvisionPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_loss
 
-from dynamask.baselines import BidirectionalPyramid, MaskRCNNPredictor, PathAggregation, WeightedSum
+from dynamask.baselines import BidirectionalPyramid, MaskRCNNBranch, PathAggregation, WeightedSum
 from dynamask.config import R50, Config, ModelConfig, load_config
 from dynamask.fam import FUSIONS, AdditiveFusion, AlignedFusion, ConvolutionFusion, FeatureAggregation
-from dynamask.flops import grid_gmacs, image_gmacs, msm_gmacs
-from dynamask.inference import predict
+from dynamask.mask_branch import DynamicMaskBranch
 from dynamask.mask_targets import grid_targets
-from dynamask.model import DynaMask, MaskBranch, build_model
-from dynamask.rfpn import RegionFPN
+from dynamask.model import DynaMask, build_mask_branch, build_model
 from runtime.errors import InputError
 from runtime.graph import GRIDS
 from tests.tiny import TINY
@@ -41,8 +39,10 @@ def variant(name: str) -> DynaMask:
     return build_model(load_config("lite0-shapes", FIELDS | VARIANTS[name]), CLASSES)
 
 
-def maskrcnn_branch(grid: int, model: ModelConfig = R50) -> MaskBranch:
-    return MaskBranch(Config(model=model.model_copy(update={"mask_head": "maskrcnn", "mask_grid": grid})), classes=3)
+def maskrcnn_branch(grid: int, model: ModelConfig = R50) -> MaskRCNNBranch:
+    branch = build_mask_branch(model.model_copy(update={"mask_head": "maskrcnn", "mask_grid": grid}), classes=3)
+    assert isinstance(branch, MaskRCNNBranch)
+    return branch
 
 
 def target() -> dict[str, Tensor]:
@@ -64,20 +64,24 @@ def test_a_step_reaches_every_trainable_part(name: str, phase: int) -> None:
     untouched = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert untouched == ({n for n, _ in model.named_parameters() if ".msm." in n} if phase == 1 else set())
     # In phase 2 only the grids that an instance was given are reached by more than zeros.
-    reached = [float(p.grad.abs().sum()) > 0 for n, p in model.mask_branch.heads.named_parameters() if "masks" in n and "weight" in n]
+    reached = [
+        float(p.grad.abs().sum()) > 0
+        for n, p in model.mask_branch.get_submodule("heads").named_parameters()
+        if "masks" in n and "weight" in n
+    ]
     assert all(reached) if phase == 1 else any(reached)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_inference_gives_masks_at_the_grids_that_there_are(name: str) -> None:
     model = variant(name).eval()
-    output = predict(model, torch.randn(1, 3, 64, 64))
+    output = model.predict(torch.randn(1, 3, 64, 64))
     found = int((output.scores > 0).sum())
     assert found == 5 and [tuple(x.shape) for x in output.logits] == [(len(s), g, g) for s, g in zip(output.slots, GRIDS, strict=True)]
     if name.startswith("maskrcnn"):
         assert set(output.grids.tolist()) == {GRIDS.index(int(name.removeprefix("maskrcnn-")))}
     else:
-        assert (predict(model, torch.randn(1, 3, 64, 64), 0.0, 2).grids == 2).all()
+        assert (model.predict(torch.randn(1, 3, 64, 64), 0.0, 2).grids == 2).all()
 
 
 def test_a_mask_rcnn_head_is_torchvisions() -> None:
@@ -86,37 +90,38 @@ def test_a_mask_rcnn_head_is_torchvisions() -> None:
     ours = [*branch.rfpn.state_dict().values(), *branch.heads.state_dict().values()]
     peer.load_state_dict(dict(zip(peer.state_dict(), ours, strict=True)))
     region, labels = torch.randn(4, 8, 14, 14), torch.tensor([2, 0, 1, 1])
-    logits = branch.heads.mask_logits(1, branch.rfpn.tiny(region), labels)
+    logits = branch.heads(branch.rfpn["tiny"](region), labels)
     torch.testing.assert_close(logits, peer(region)[torch.arange(4), labels])
 
 
 def test_its_loss_is_torchvisions() -> None:
     model = variant("maskrcnn-28").train()
-    assert isinstance(model.mask_branch.heads, MaskRCNNPredictor)
+    branch = model.mask_branch
+    assert isinstance(branch, MaskRCNNBranch)
     # Masks that fill the image or nothing: torchvision rasterises others half a pixel apart, and with soft borders.
     truth = {**target(), "masks": torch.stack([torch.ones(64, 64), torch.zeros(64, 64)]).to(torch.uint8)}
     pyramid = model.backbone(torch.randn(1, 3, 64, 64))
     rois = torch.cat([torch.zeros(2, 1), truth["boxes"]], dim=1)
     targets = grid_targets(truth["masks"], rois)
-    loss = model._one_grid_loss(model.mask_branch.heads, pyramid, rois, truth["labels"] - 1, targets)["loss_mask"]
-    features = model.mask_branch.heads.upsample(model.mask_branch.rfpn.tiny(model.mask_branch.region(pyramid, rois)))
-    every = model.mask_branch.heads.masks(F.relu(features))
+    loss = branch.losses(pyramid, rois, truth["labels"] - 1, targets, 2, model.config.train).losses["loss_mask"]
+    features = branch.heads.upsample(branch.rfpn["tiny"](branch.region(pyramid, rois)))
+    every = branch.heads.masks(F.relu(features))
     peer = maskrcnn_loss(every, [truth["boxes"]], [truth["masks"]], [truth["labels"] - 1], [torch.arange(2)])
     torch.testing.assert_close(loss, peer)
 
 
 def test_a_mask_rcnn_head_has_no_other_grid() -> None:
-    with pytest.raises(InputError, match="28 x 28 makes no masks of 112 x 112"):
-        predict(variant("maskrcnn-28").eval(), torch.randn(1, 3, 64, 64), 0.0, 3)
+    with pytest.raises(InputError, match="28 x 28 makes masks of no other grid"):
+        variant("maskrcnn-28").eval().predict(torch.randn(1, 3, 64, 64), 0.0, 3)
 
 
 def test_mask_rcnn_costs_what_the_paper_says() -> None:
     """Four 3 x 3 and a transposed 2 x 2 convolution of 256 channels at half the grid, a row of 256 a cell; Table 1 has one digit."""
-    costs = grid_gmacs(maskrcnn_branch(56))
+    costs = maskrcnn_branch(56).grid_gmacs()
     wanted = [((4 * 9 + 4) * 256**2 * (g // 2) ** 2 + 256 * g**2) / 1e9 for g in GRIDS]
     assert costs == pytest.approx(wanted, rel=1e-9)
     assert costs[1:] == pytest.approx([0.5, 2.0, 8.0], rel=0.06)
-    assert msm_gmacs(maskrcnn_branch(56)) == 0 == image_gmacs(maskrcnn_branch(56), (320, 320))
+    assert maskrcnn_branch(56).msm_gmacs() == 0 == maskrcnn_branch(56).image_gmacs((320, 320))
 
 
 def test_fusions_cost_what_the_formulas_say() -> None:
@@ -129,7 +134,7 @@ def test_fusions_cost_what_the_formulas_say() -> None:
         "add": 9 * c * c,
     }
     for fusion, macs in per_cell.items():
-        costs = grid_gmacs(MaskBranch(Config(model=R50.model_copy(update={"fusion": fusion})), classes=3))
+        costs = build_mask_branch(R50.model_copy(update={"fusion": fusion}), classes=3).grid_gmacs()
         assert costs[1] - costs[0] - head == pytest.approx((macs * grid**2 + reduce) / 1e9, rel=1e-9), fusion
 
 
@@ -143,8 +148,8 @@ def test_pyramids_cost_what_the_formulas_say() -> None:
         "bifpn": lateral + (9 * c + c * c) * (cells[0] + 2 * cells[1] + 2 * cells[2]),
     }
     for pyramid, macs in wanted.items():
-        branch = MaskBranch(Config(model=R50.model_copy(update={"pyramid": pyramid})), classes=3)
-        assert image_gmacs(branch, canvas) == pytest.approx(macs / 1e9, rel=1e-9), pyramid
+        branch = build_mask_branch(R50.model_copy(update={"pyramid": pyramid}), classes=3)
+        assert branch.image_gmacs(canvas) == pytest.approx(macs / 1e9, rel=1e-9), pyramid
 
 
 @torch.no_grad()
@@ -216,5 +221,5 @@ def test_a_configuration_that_means_nothing_is_refused(fields: dict[str, Any]) -
 
 def test_the_default_is_the_paper_s_model() -> None:
     assert FUSIONS[ModelConfig().fusion] is FeatureAggregation
-    branch = MaskBranch(Config(), classes=3)
-    assert isinstance(branch.rfpn, RegionFPN) and branch.rfpn.pyramid is None and branch.region_size == 14
+    branch = build_mask_branch(Config().model, classes=3)
+    assert isinstance(branch, DynamicMaskBranch) and branch.rfpn.pyramid is None and branch.region_size == 14

@@ -23,7 +23,6 @@ from torchvision.ops import FrozenBatchNorm2d
 from dynamask import weights
 from dynamask.config import R50, Config
 from dynamask.data.canvas import to_canvas
-from dynamask.inference import detect
 from dynamask.model import DynaMask, build_model
 from dynamask.origins import (
     BODY,
@@ -172,7 +171,7 @@ def assert_same_detections(peer: nn.Module, ours: DynaMask, image: np.ndarray[An
     try:
         with torch.no_grad():
             wanted = peer([visible])[0]
-            _, found = detect(ours, canvas[None])
+            found = ours.detect(canvas[None]).detections
     finally:
         heads.mask_roi_pool = mask_pool
     count = int((found.scores > 0).sum())

@@ -9,7 +9,7 @@ import torch
 from torchvision.models.detection.image_list import ImageList
 
 from dynamask.config import LITE0, Config
-from dynamask.inference import Detections, detect, predict, propose, segment
+from dynamask.detector import Detections
 from dynamask.model import DynaMask, build_model
 from runtime.graph import GRIDS
 
@@ -32,10 +32,16 @@ def image() -> torch.Tensor:
     return torch.randn(1, 3, 128, 160, generator=torch.Generator().manual_seed(1))
 
 
+def proposals_of(model: DynaMask, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The RPN's proposals `[P, 4]`, and which rows are filled, `[P] bool`."""
+    found = model.detect(image)
+    return found.proposals, torch.arange(len(found.proposals)) < found.proposal_count
+
+
 @torch.no_grad()
 def test_proposals_are_torchvisions(model: DynaMask, image: torch.Tensor) -> None:
     pyramid = model.backbone(image)
-    boxes, valid = propose(model, image, pyramid)
+    boxes, valid = proposals_of(model, image)
     wanted, _ = model.rpn(ImageList(image, [(128, 160)]), OrderedDict((str(i), p) for i, p in enumerate(pyramid)))
     count = int(valid.sum())
     assert count == len(wanted[0]) and valid[:count].all()
@@ -44,8 +50,9 @@ def test_proposals_are_torchvisions(model: DynaMask, image: torch.Tensor) -> Non
 
 @torch.no_grad()
 def test_detections_are_torchvisions(model: DynaMask, image: torch.Tensor) -> None:
-    pyramid, found = detect(model, image)
-    proposals, valid = propose(model, image, model.backbone(image))
+    detected = model.detect(image)
+    pyramid, found = detected.pyramid, detected.detections
+    proposals, valid = proposals_of(model, image)
     rois = torch.cat([torch.zeros(len(proposals), 1), proposals], dim=1)[valid]
     logits, deltas = model.box_outputs(model.box_region(pyramid, rois))
     boxes, scores, labels = model.roi_heads.postprocess_detections(logits, deltas, [proposals[valid]], [(128, 160)])
@@ -60,25 +67,26 @@ def test_detections_are_torchvisions(model: DynaMask, image: torch.Tensor) -> No
 @torch.no_grad()
 def test_routed_masks_are_those_of_all_grids(model: DynaMask, image: torch.Tensor) -> None:
     """Skipping changes nothing: each instance's logits equal those of the pass that computes every grid for everyone."""
-    pyramid, found = detect(model, image)
+    detected = model.detect(image)
+    pyramid, found = detected.pyramid, detected.detections
     override = torch.arange(40) % 4
-    masks = segment(model.mask_branch, pyramid, found, (128, 160), torch.tensor(0.0), override)
+    masks = model.mask_branch.segment(pyramid, found, (128, 160), torch.tensor(0.0), override)
     count = int((found.scores > 0).sum())
     assert masks.grids[:count].tolist() == override[:count].tolist() and (masks.grids[count:] == -1).all()
     rois = torch.cat([torch.zeros(count, 1), found.boxes[:count]], dim=1)
-    features = model.mask_branch.all_grids(pyramid, rois, model.mask_branch.region(pyramid, rois))
+    every = model.mask_branch.mask_logits(pyramid, rois, found.labels[:count])
     for k, (slots, logits) in enumerate(zip(masks.slots, masks.logits, strict=True)):
-        wanted = model.mask_branch.heads.mask_logits(k, features[k][slots], found.labels[slots])
         assert slots.tolist() == [i for i in range(count) if i % 4 == k]
-        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, every[k][slots], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("override", [-1, 0, 3, 4])
 def test_an_image_without_detections_gives_empty_masks(model: DynaMask, image: torch.Tensor, override: int) -> None:
-    pyramid, found = detect(model, image)
+    detected = model.detect(image)
+    pyramid, found = detected.pyramid, detected.detections
     empty = Detections(torch.zeros_like(found.boxes), torch.zeros_like(found.scores), torch.full_like(found.labels, -1))
-    masks = segment(model.mask_branch, pyramid, empty, (128, 160), torch.tensor(0.01), torch.full((40,), override))
+    masks = model.mask_branch.segment(pyramid, empty, (128, 160), torch.tensor(0.01), torch.full((40,), override))
     assert (masks.grids == -1).all()
     assert [tuple(x.shape) for x in masks.logits] == [(0, g, g) for g in GRIDS]
 
@@ -86,7 +94,7 @@ def test_an_image_without_detections_gives_empty_masks(model: DynaMask, image: t
 def test_the_budget_bounds_the_mean_cost(model: DynaMask, image: torch.Tensor) -> None:
     costs = model.mask_branch.costs
     for share in (0.15, 0.4, 0.8):
-        output = predict(model, image, share * float(costs[-1]))
+        output = model.predict(image, share * float(costs[-1]))
         chosen = output.grids[output.grids >= 0]
         assert float(costs[chosen].mean()) <= share * float(costs[-1]) * (1 + 1e-5)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torchvision.ops import MultiScaleRoIAlign, deform_conv2d, roi_align
 
-from dynamask.config import LITE0, R50, Config
+from dynamask.config import LITE0, R50
 from dynamask.deform_conv import DeformConv2d, sampled_deform_conv2d
 from dynamask.fam import FeatureAggregation
-from dynamask.flops import PAPER_GMACS, grid_gmacs, msm_gmacs
+from dynamask.flops import PAPER_GMACS
 from dynamask.mask_targets import grid_targets
-from dynamask.model import MaskBranch
+from dynamask.model import build_mask_branch
 from dynamask.rfpn import GridHeads
 from dynamask.roi import pyramid_roi_align
 from runtime.graph import GRIDS
@@ -124,15 +124,15 @@ def test_targets_agree_with_torchvisions_rasterisation() -> None:
 
 
 def test_r50_costs_what_the_paper_says() -> None:
-    branch = MaskBranch(Config(model=R50), classes=80)
-    for cost, paper, tolerance in zip(grid_gmacs(branch), PAPER_GMACS, (0.05, 0.15, 0.15, 0.05), strict=True):
+    branch = build_mask_branch(R50, classes=80)
+    for cost, paper, tolerance in zip(branch.grid_gmacs(), PAPER_GMACS, (0.05, 0.15, 0.15, 0.05), strict=True):
         assert cost == pytest.approx(paper, rel=tolerance)
-    assert msm_gmacs(branch) <= 0.03 * grid_gmacs(branch)[-1]
+    assert branch.msm_gmacs() <= 0.03 * branch.grid_gmacs()[-1]
 
 
 def test_a_stage_with_halved_channels_costs_what_the_formula_says() -> None:
     """The sum of spec: two deformable 3 x 3, 1 x 1 reduction and fusion, two offset convolutions of 18 channels."""
-    costs = grid_gmacs(MaskBranch(Config(model=LITE0), classes=80))
+    costs = build_mask_branch(LITE0, classes=80).grid_gmacs()
     for k, (grid, c) in enumerate(zip(GRIDS[1:], LITE0.stage_channels[1:], strict=True), start=1):
         half = (grid // 2) ** 2
         wanted = 2 * 9 * c * c * grid**2 + 2 * c * c * half + 2 * c * c * grid**2 + 9 * 18 * (2 * c + c) * grid**2

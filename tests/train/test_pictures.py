@@ -74,7 +74,7 @@ def test_edge_targets_are_the_inner_border_and_predictions_the_heads() -> None:
     mask = np.zeros((64, 64), np.uint8)
     cv2.circle(mask, (32, 32), 22, 1, cv2.FILLED)
     target = {"image_id": 1, "labels": np.array([1]), "masks": mask[None]}
-    sheet = pictures.edge_maps(model, heads, [(np.zeros((64, 64, 3), np.uint8), target)], config)
+    sheet = pictures.edge_maps(model, [(np.zeros((64, 64, 3), np.uint8), target)], config)
     step = pictures.CELL + pictures.GAP
     assert sheet.shape[1] == 9 * step - pictures.GAP
     row = sheet[-pictures.CELL :]

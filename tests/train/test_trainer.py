@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ class StandIn(nn.Module):
     def __init__(self, config: Config, classes: list[dict[str, Any]]) -> None:
         super().__init__()
         self.body, self.msm, self.norm = nn.Conv2d(3, 2, 3), nn.Linear(2, 4), nn.BatchNorm2d(2)
+        self.mask_branch = SimpleNamespace(msm=self.msm)
         self.phase, self.statistics = 2, {"share_14": 0.5}
 
     def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:

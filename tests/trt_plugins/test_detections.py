@@ -15,8 +15,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
-from dynamask.inference import select_detections
-from dynamask.model import DynaMask
+from dynamask.detector import Detector, select_detections
 from runtime.errors import InputError
 from trt_plugins.detections import Detections
 from trt_plugins.detections.reference import detect
@@ -104,13 +103,13 @@ def test_detections_are_the_models_and_what_each_image_gives_alone(
     assert torch.equal(filled, torch.nonzero(found[2] >= 0)[:, 0]) and n.shape == () and int(n) == len(filled)
     boxes, scores, labels = (x.view(len(counts), slots, *x.shape[1:]) for x in found[:3])
     model = SimpleNamespace(
-        config=SimpleNamespace(model=SimpleNamespace(detections=slots, **THRESHOLDS)),
+        sizes=SimpleNamespace(detections=slots, **THRESHOLDS),
         roi_heads=SimpleNamespace(box_coder=BoxCoder((10.0, 10.0, 5.0, 5.0))),
     )
     for image in range(len(counts)):
         own = _of_image(inputs, image)
         logits, deltas, proposals = (x.float() for x in own[:3])
-        wanted = select_detections(cast(DynaMask, model), logits, deltas, proposals, own[3], CANVAS, own[4])
+        wanted = select_detections(cast(Detector, model), logits, deltas, proposals, own[3], CANVAS, own[4])
         kept = min(slots, len(wanted.scores))
         assert (counts[image] == 0) == bool((labels[image] < 0).all())
         best = [x[image, :kept] for x in (boxes, scores, labels)]

@@ -13,8 +13,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import box_iou
 
-from dynamask.inference import RPN_NMS_THRESHOLD, select_proposals
-from dynamask.model import DynaMask
+from dynamask.detector import RPN_NMS_THRESHOLD, Detector, select_proposals
 from runtime.errors import InputError
 from trt_plugins.on_torch import run, spec_of
 from trt_plugins.operator import TensorSpec
@@ -62,13 +61,13 @@ def test_proposals_are_the_models_and_what_each_image_gives_alone(
     for got, reference in zip((boxes, count), _expected(maps, operator), strict=True):
         torch.testing.assert_close(got, reference, atol=1e-3, rtol=0)
     model = SimpleNamespace(
-        config=SimpleNamespace(model=SimpleNamespace(proposals_per_level=per_level, proposals=proposals)),
+        sizes=SimpleNamespace(proposals_per_level=per_level, proposals=proposals),
         rpn=SimpleNamespace(anchor_generator=GENERATOR, box_coder=BoxCoder((1.0, 1.0, 1.0, 1.0))),
     )
     for image, rows in enumerate(count.tolist()):
         own, filled = [x[image : image + 1] for x in maps], boxes.view(batch, proposals, 4)[image]
         floats = [x.float() for x in own]
-        wanted, wanted_count = select_proposals(cast(DynaMask, model), floats[:5], floats[5:], canvas)
+        wanted, wanted_count = select_proposals(cast(Detector, model), floats[:5], floats[5:], canvas)
         assert rows == int(wanted_count) and (rows == proposals) == (proposals == 25)
         torch.testing.assert_close(filled[:rows], wanted[:rows], atol=1e-3, rtol=0)
         assert not filled[rows:].any()

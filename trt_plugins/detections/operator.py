@@ -31,7 +31,7 @@ SCORE_ITEMS = 512
 
 
 class Detections(Operator):
-    """The detections of each image in K = `detections` slots, as `dynamask.inference.select_detections` finds them.
+    """The detections of each image in K = `detections` slots, as `dynamask.detector.select_detections` finds them.
 
     Inputs are `class_logits [B P, C + 1]` and `box_deltas [B P, 4 (C + 1)]`, both fp32 or both fp16, background first, P = `proposals` rows
     an image; `proposals [B P, 4] float32`, xyxy in pixels of the canvas, of which each image's first `count [B] int32` count;

@@ -27,7 +27,7 @@ LEVELS = 5
 
 
 class Proposals(Operator):
-    """The RPN's proposals of each image (Ren et al., NeurIPS 2015), as `dynamask.inference.select_proposals` finds them.
+    """The RPN's proposals of each image (Ren et al., NeurIPS 2015), as `dynamask.detector.select_proposals` finds them.
 
     Inputs are the logits `[B, A, H_l, W_l]` of five levels, their deltas `[B, 4 A, H_l, W_l]`, all fp32 or all fp16, and the levels' cell
     anchors `[5, A, 4] float32` (torchvision's `AnchorGenerator.cell_anchors`), xyxy in pixels of the canvas. The canvas is the first
