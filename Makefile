@@ -13,7 +13,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo      the whole pipeline on generated images: export, engine, video, validation, report (in demo/)"
 	@echo "make test      lint, types and tests"
-	@echo "make lint      lint, spelling and types only"
+	@echo "make lint      lint, spelling, types and the direction of imports only"
 	@echo "make docs      the documentation as a site (in site/)"
 	@echo "make test-gpu  the tests that need an NVIDIA GPU"
 	@echo "make clean     remove .venv, demo/, site/ and caches"
@@ -51,6 +51,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict
@@ -63,5 +64,5 @@ test-gpu: $(READY)
 	TRITON_INTERPRET=0 $(BIN)/pytest --durations 15 -m gpu
 
 clean:
-	rm -rf $(VENV) demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo site build dist *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

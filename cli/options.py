@@ -8,29 +8,28 @@ from typing import Annotated
 import typer
 
 POLICIES_HELP = (
-    "routed: the model chooses each instance's grid. routed@50%: it chooses within a mean cost of 50 % of the largest grid's. "
-    "routed@0.6gmac: within a mean cost of 0.6 GMAC per instance. uniform-14, uniform-28, uniform-56, uniform-112: that grid for all. "
-    "size-based: the size of the box decides."
+    "routed: the model chooses for each instance. routed@50%: the same, at a mean cost of at most 50 % of the largest grid's. "
+    "routed@0.6gmac: the same, at a mean cost of at most 0.6 GMAC per instance. "
+    "uniform-14, uniform-28, uniform-56, uniform-112: that grid for all. size-based: the size of the box decides."
 )
 
 
 def check_file(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written, before the work whose result it is for.
+    """Refuse a file that cannot be written, before the work whose result it is for (`runtime.files.check_file`).
 
     Raises:
         InputError: it is a folder, or its folder cannot be made or written.
     """
-    from runtime.errors import InputError
-    from runtime.files import check_folder
+    from runtime import files
 
     if path is not None:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder, and a file is to be written there: give the file's name too.")
-        check_folder(path.parent)
+        files.check_file(path)
     return path
 
 
-BundleFolder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The model: a folder that dynamask export wrote.")]
+BundleFolder = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="The model: a folder from dynamask export, with an engine from dynamask build-engine.")
+]
 Target = Annotated[
     str,
     typer.Option(
@@ -39,7 +38,9 @@ Target = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine; all cores by default.")]
-Grid = Annotated[str, typer.Option(metavar="POLICY", help=f"How mask grids are chosen. {POLICIES_HELP}")]
+Grid = Annotated[str, typer.Option(metavar="POLICY", help=f"The rule that chooses the grid (resolution) of each mask. {POLICIES_HELP}")]
 Score = Annotated[float, typer.Option(min=0, max=1, help="Leave out instances with this score or less.")]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Take only the first N images, or frames of each source.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Take only the first N images; in a stream, the first N frames of each source.")
+]
 Json = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result here as JSON.", callback=check_file)]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def predict(
     bundle: BundleFolder,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files, or folders of them.")],
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write annotated images here, as PNG."),
@@ -35,8 +35,8 @@ def predict(
 ) -> None:
     """Find the instances in images: boxes, classes, masks and the grid of each mask.
 
-    An image that cannot be read is named, and the others still run. A budget (routed@...) is kept within each image. The result of
-    --json has the masks as COCO run-length encodings.
+    A folder stands for the images in it. An image that cannot be read is named, and the others still run. A budget (routed@...) is kept
+    within each image. The file of --json has the masks as COCO run-length encodings.
 
     Example: dynamask predict lite0.bundle photos --output annotated --json detections.json
     """

@@ -19,14 +19,13 @@ if TYPE_CHECKING:
 
 def stream(
     bundle: BundleFolder,
-    sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="Videos, images or folders of images; each is a stream of its own.")
-    ],
+    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Videos, images or folders of images; one stream each.")],
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.mp4|FOLDER",
-            help="Write the annotated video here. Without any of the three outputs: SOURCE-dynamask.mp4 in the current folder.",
+            help="Write the annotated video here. If neither this nor --jsonl nor --frames-dir is given: SOURCE-dynamask.mp4 in the"
+            " current folder.",
         ),
     ] = None,
     jsonl: Annotated[
@@ -83,7 +82,7 @@ def plan_outputs(
         InputError: a source does not exist or is an output as well, two outputs are one file, or one file is given for several sources.
     """
     from runtime.errors import InputError
-    from runtime.files import check_apart, check_folder
+    from runtime.files import check_apart, check_file, check_folder
 
     given = {"video": output, "jsonl": jsonl, "frames": frames_dir}
     plans: list[dict[str, Path]] = []
@@ -93,7 +92,7 @@ def plan_outputs(
         plan = {kind: _place(kind, path, name, len(sources)) for kind, path in given.items() if path is not None}
         plans.append(plan or {"video": Path(f"{name}-dynamask.mp4")})
         for kind, path in plans[-1].items():
-            check_folder(path if kind == "frames" else path.parent)
+            check_folder(path) if kind == "frames" else check_file(path)
     check_apart([*(path for plan in plans for path in plan.values()), *([] if json is None else [json])], sources)
     return plans
 
@@ -101,7 +100,10 @@ def plan_outputs(
 def _place(kind: str, path: Path, name: str, sources: int) -> Path:
     """Where the output of one of several sources goes: `path` itself, or a file or folder of the source's name in it."""
     from runtime.errors import InputError
+    from runtime.files import is_special
 
+    if is_special(path):
+        return path
     suffix = {"video": ".mp4", "jsonl": ".jsonl", "frames": ""}[kind]
     if sources > 1:
         if suffix and path.suffix.lower() == suffix and not path.is_dir():
@@ -134,12 +136,17 @@ def _open_sinks(source: Source, outputs: dict[str, Path]) -> list[Sink]:
     from runtime.sinks import FolderSink, JsonLinesSink, VideoSink
 
     sinks: list[Sink] = []
-    if "video" in outputs:
-        sinks.append(VideoSink(outputs["video"], source.frame_rate))
-    if "jsonl" in outputs:
-        sinks.append(JsonLinesSink(outputs["jsonl"]))
-    if "frames" in outputs:
-        sinks.append(FolderSink(outputs["frames"]))
+    try:
+        if "video" in outputs:
+            sinks.append(VideoSink(outputs["video"], source.frame_rate))
+        if "jsonl" in outputs:
+            sinks.append(JsonLinesSink(outputs["jsonl"]))
+        if "frames" in outputs:
+            sinks.append(FolderSink(outputs["frames"]))
+    except BaseException:
+        for sink in sinks:
+            sink.abandon()
+        raise
     return sinks
 
 

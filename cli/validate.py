@@ -30,7 +30,8 @@ def validate(
         str | None,
         typer.Option(
             metavar="POLICY,...",
-            help=f"The ways to choose mask grids that are compared. {POLICIES_HELP} By default all of these, but one budget: routed@50%.",
+            help="The rules to compare, separated by commas; each chooses the grid (resolution) of each mask. "
+            f"{POLICIES_HELP} Default: routed, routed@50%, the four uniform ones and size-based.",
         ),
     ] = None,
     limit: Limit = None,
@@ -42,9 +43,10 @@ def validate(
         typer.Option(metavar="FILE.html", help="Write an HTML report here: charts, tables, annotated images.", callback=check_file),
     ] = None,
 ) -> None:
-    """Measure accuracy and latency of a bundle on a COCO data set, for several ways to choose mask grids.
+    """Measure accuracy and latency of a bundle on a COCO data set, for several grid policies.
 
-    All of them run on each image in turn, so that their figures can be compared. A budget (routed@...) is kept over all images.
+    A grid policy is a rule that chooses the resolution of each mask. All policies run on each image in turn, so that their figures can
+    be compared. A budget (routed@...) is kept over all images.
 
     Example: dynamask validate lite0.bundle --data shapes --grid routed,routed@50%,uniform-112 --report report.html
     """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynamask.config import PRESETS, ModelConfig, load_config
     from dynamask.model import DynaMask, build_model
+    from runtime.annotate import annotate
     from runtime.bundle import Bundle
     from runtime.errors import DynaMaskError, InputError
     from runtime.images import read_image
@@ -43,6 +44,7 @@ _HOMES = {
     "Predictor": ("runtime.predictor", "Predictor"),
     "StreamReport": ("runtime.stream", "StreamReport"),
     "VideoSink": ("runtime.sinks", "VideoSink"),
+    "annotate": ("runtime.annotate", "annotate"),
     "build_model": ("dynamask.model", "build_model"),
     "load": ("runtime.predictor", "load"),
     "load_config": ("dynamask.config", "load_config"),
@@ -69,6 +71,7 @@ __all__ = [
     "StreamReport",
     "VideoSink",
     "__version__",
+    "annotate",
     "build_model",
     "load",
     "load_config",

@@ -1,4 +1,4 @@
-"""Draws instances on an image, coloured by the mask grid each of them got (as in the paper's Figure 7)."""
+"""Draws instances on an image, coloured by their mask grid (as in the paper's Figure 7)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 
 def annotate(image: Image, instances: Instances, score: float = 0.3) -> Image:
-    """A copy of the image with the mask, outline and label (class, score, grid) of every instance of at least `score`, and a legend.
+    """A copy of the image with the mask, outline and label (class, score, grid) of each instance, and a legend.
 
-    Only the crops of the masks are touched, never a full image per instance. A label that would cover that of a surer instance is left out.
+    A label that would cover the label of an instance with a higher score is left out.
 
     Args:
-        image: `[H, W, 3] uint8` RGB, the image that `instances` was found in.
-        score: the lowest score drawn, 0 to 1.
+        image: `[H, W, 3] uint8` RGB, the image in which the instances were found.
+        score: the lowest score that is drawn, 0 to 1.
 
     Returns:
         `[H, W, 3] uint8` RGB.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.load(bundle) as predictor:
+        ...     picture = dynamask.annotate(image, predictor(image))
+        >>> picture.shape == image.shape
+        True
     """
     canvas = np.ascontiguousarray(image).copy()
     crops = list(instances.crops())
@@ -76,7 +83,7 @@ def _text_scale(canvas: Image) -> float:
 
 
 def _draw_label(canvas: Image, occupied: npt.NDArray[np.bool_], text: str, x: int, y: int, color: Color, scale: float) -> None:
-    """Above the point (x, y), else below it, else not at all."""
+    """Draw a label above the point (x, y); below it if there is no room above; not at all if there is none below either."""
     (width, height), _ = cv2.getTextSize(text, _FONT, scale, 1)
     box_width, box_height = width + 4, height + 6
     image_height, image_width = canvas.shape[:2]
@@ -92,7 +99,7 @@ def _draw_label(canvas: Image, occupied: npt.NDArray[np.bool_], text: str, x: in
 
 
 def _draw_legend(canvas: Image, occupied: npt.NDArray[np.bool_], scale: float) -> None:
-    """The colours' meaning in the bottom left corner, where the image has room for it."""
+    """Draw the meaning of the colours in the bottom left corner, if the image is large enough."""
     lines = [f"{grid} {GRID_NAMES[grid]}" for grid in GRID_COLORS]
     sizes = [cv2.getTextSize(line, _FONT, scale, 1)[0] for line in lines]
     step = max(height for _, height in sizes) + 6

@@ -30,7 +30,9 @@ class MaskEngine(Protocol):
     def feature_shapes(self) -> list[tuple[int, int, int, int]]:
         """`[1, C, H / s, W / s]` of P2..P5."""
 
-    def run_masks(self, features: Sequence[Any], boxes: Any, scores: Any, labels: Any, budget: float | None, grid_override: Any) -> Any:
+    def run_masks(
+        self, features: Sequence[Any], boxes: Any, scores: Any, labels: Any, budget_gmacs: float | None, grid_override: Any
+    ) -> Any:
         """The mask branch on the pyramid and K slots; `grid_override` is `[K]`."""
 
 

@@ -1,4 +1,4 @@
-"""The bundle: a folder with a model, what is needed to run it, and engines built from it. Nothing in it is unpickled."""
+"""The bundle: a folder with a model, its manifest, and the engines built from it. Nothing in it is unpickled."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _paper_grids(grids: tuple[int, ...]) -> tuple[int, ...]:
 
 def _rising(values: tuple[int, int, int]) -> tuple[int, int, int]:
     if not values[0] <= values[1] <= values[2]:
-        raise ValueError(f"{values} do not rise from the least over the likeliest to the most")
+        raise ValueError(f"{values} are not in the order minimum, optimum, maximum")
     return values
 
 
@@ -67,19 +67,19 @@ class _Strict(BaseModel):
 
 
 class FileEntry(_Strict):
-    """What a file must be."""
+    """The hash and size that a file must have."""
 
     sha256: str
     bytes: int
 
 
 class Profile(_Strict):
-    """What one run of an engine takes: the least, the likeliest, which it is tuned for, and the most."""
+    """The inputs that one run of an engine takes: the minimum, the optimum (for which it is tuned) and the maximum."""
 
     batch: Annotated[tuple[Count, Count, Count], AfterValidator(_rising)] = (1, 1, 1)
     """Images."""
     canvas: Annotated[tuple[Canvas, Canvas, Canvas], AfterValidator(_rising_sides)]
-    """Height and width, pixels, each rising by itself."""
+    """Height and width in pixels; each of them is in that order."""
 
 
 class EngineEntry(_Strict):
@@ -88,45 +88,54 @@ class EngineEntry(_Strict):
     files: dict[FileName, FileEntry]
     precision: str
     versions: dict[str, str]
-    """Name -> version of what built it."""
+    """Name and version of the libraries that built it."""
     profile: Profile | None = None
     """None: one image on the bundle's canvas."""
 
 
 class Manifest(_Strict):
-    """What stands in `manifest.json`."""
+    """The content of `manifest.json`."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     preset: str
-    """The model's: `lite0`, `r50`."""
+    """The preset of the model: `lite0`, `r50`."""
     files: dict[FileName, FileEntry] = Field(default_factory=dict)
-    """The bundle's files, engines aside; `Bundle.create` fills it."""
+    """The bundle's files without those of engines; `Bundle.create` fills it."""
     classes: Annotated[list[ClassName], Field(min_length=1)]
     """In the order of the model's labels."""
     canvas: Canvas
     """Height and width, pixels."""
     mean: tuple[Finite, Finite, Finite]
     std: tuple[Positive, Positive, Positive]
-    """Of `(x / 255 - mean) / std`, RGB."""
+    """`mean` and `std` normalise an image: `(x / 255 - mean) / std`, RGB."""
     detections: Count
     """K, the detection slots of the graph."""
     score_threshold: Finite
     grids: Annotated[tuple[int, ...], AfterValidator(_paper_grids)] = GRIDS
     grid_gmacs: Annotated[dict[int, float], AfterValidator(_every_grid)]
-    """Grid -> counted cost of an instance that ends there, GMAC, cumulative."""
+    """Grid -> cost in GMAC of the mask of an instance that exits there, counted from the layers, cumulative."""
     msm_gmacs: float
     detector_gmacs: float | None = None
     precision: str = "fp32"
     versions: dict[str, str] = Field(default_factory=dict)
-    """Name -> version of what made it."""
+    """Name and version of the libraries that exported it."""
     parity: dict[str, Any] | None = None
-    """How far the graph's outputs were from PyTorch's, when it was exported."""
+    """The differences between the outputs of the graph and of PyTorch at export."""
     engines: dict[str, EngineEntry] = Field(default_factory=dict)
-    """By target."""
+    """Target -> engine."""
 
 
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle: its folder (`path`) and its `manifest`. It holds no file open and needs no closing.
+
+    Example:
+        >>> import dynamask
+        >>> opened = dynamask.Bundle.open(bundle)
+        >>> sorted(opened.manifest.grid_gmacs)
+        [14, 28, 56, 112]
+        >>> list(opened.manifest.engines)
+        ['onnxruntime']
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -134,10 +143,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Bundle:
-        """Open a bundle; with `verify`, its model is read whole and compared with its hash (engines are when they are asked for).
+        """Open a bundle. With `verify` the model is compared with its hash; the files of an engine are compared in `engine`.
 
         Raises:
-            InputError: the folder or a file is missing, the manifest is none or of a newer schema, or a file is not the one it names.
+            InputError: the folder or a file is missing, the manifest is damaged or of a newer schema, or a file has another size or hash.
         """
         path = Path(path)
         bundle = cls(path, _read_manifest(path))
@@ -146,9 +155,10 @@ class Bundle:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, files: Mapping[str, str | os.PathLike[str]]) -> Bundle:
-        """Make a bundle of copies of `files` (name inside the bundle -> source); an existing bundle is replaced once the new one is whole.
+        """Make a bundle; an existing one at `path` is replaced when the new one is complete.
 
         Args:
+            files: name inside the bundle -> the file to copy.
             manifest: its `files` and `engines` are set here.
 
         Raises:
@@ -177,18 +187,18 @@ class Bundle:
     def add_engine(
         self, target: str, files: Mapping[str, bytes | Path], precision: str, versions: Mapping[str, str], profile: Profile | None = None
     ) -> EngineEntry:
-        """Put an engine under `engines/<target>/`, in place of an earlier one for that target.
+        """Add an engine as `engines/<target>/`; it replaces an earlier one for that target.
 
         Args:
-            files: name inside that folder -> content, or a file to copy.
+            files: name inside that folder -> content, or the file to copy.
             precision: `fp32`, …
-            versions: name -> version of what built it.
-            profile: what one run takes; None for one image on the bundle's canvas.
+            versions: name -> version of the libraries that built it.
+            profile: the inputs of one run; None for one image on the bundle's canvas.
 
         Raises:
             DynaMaskError: the disk is full or the folder cannot be written; the bundle then has no engine for the target.
         """
-        # While its files change the manifest knows no such engine, so an interruption leaves a bundle without it, not one that is refused.
+        # The manifest does not list the engine while its files change: an interruption leaves a bundle that still opens.
         others = {name: entry for name, entry in self.manifest.engines.items() if name != target}
         self._set_engines(others)
         folder = self.path / "engines" / target
@@ -205,10 +215,14 @@ class Bundle:
         return entry
 
     def engine(self, target: str, verify: bool = True) -> EngineEntry:
-        """The engine for a target, with `verify` its files compared with their hashes; `bundle.path / name` for `name` in its `files`.
+        """The engine for a target; `bundle.path / name` is the path of each `name` in its `files`.
+
+        Args:
+            target: `onnxruntime`, `tensorrt-rtx` or `tensorrt`.
+            verify: compare its files with their hashes.
 
         Raises:
-            InputError: it was not built, or a file of it is missing or not the one the manifest names.
+            InputError: it was not built, or one of its files is missing or has another size or hash.
         """
         entry = self.manifest.engines.get(target)
         if entry is None:

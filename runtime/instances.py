@@ -1,4 +1,4 @@
-"""The one result type of the runtime: what was found in an image, as arrays."""
+"""`Instances`, the result type of the runtime: the instances of an image, as arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassName:
-    """A class as COCO numbers and names it."""
+    """A class: its COCO category id and its name."""
 
     id: int
     name: str
@@ -26,7 +26,18 @@ class ClassName:
 
 @dataclass(eq=False)
 class Instances:
-    """N instances of one image, by falling score."""
+    """N instances of one image, by falling score.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.load(bundle) as predictor:
+        ...     instances = predictor(image)
+        >>> sure = instances[instances.scores > 0.5]  # an index, a slice or a boolean mask
+        >>> sure.masks.shape == (len(sure), *image.shape[:2])
+        True
+        >>> sorted(sure.to_coco(image_id=1)[0])
+        ['bbox', 'category_id', 'grid', 'image_id', 'score', 'segmentation']
+    """
 
     boxes: npt.NDArray[np.float32]
     """`[N, 4]`, xyxy in the image's pixels."""
@@ -35,14 +46,14 @@ class Instances:
     labels: npt.NDArray[np.int64]
     """`[N]`, index into `classes`."""
     grids: npt.NDArray[np.int64]
-    """`[N]`: 14, 28, 56 or 112, the mask grid that each instance got."""
+    """`[N]`: the mask grid of each instance, 14, 28, 56 or 112."""
     logits: Sequence[npt.NDArray[np.float32]]
-    """N mask logits, `[g, g]` each, g as in `grids`."""
+    """N mask logits, `[g, g] float32` each, with g as in `grids`."""
     size: tuple[int, int]
     """The image's height and width, pixels."""
     classes: Sequence[ClassName]
     times_ms: dict[str, float] = field(default_factory=dict)
-    """What finding them took, milliseconds: `preprocess`, `detector`, `masks`."""
+    """Milliseconds of `preprocess`, `detector` and `masks`; in a stream also of `paste` and `total`."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -68,22 +79,26 @@ class Instances:
         return [mask_crop(logits, box, *self.size) for logits, box in zip(self.logits, self.boxes, strict=True)]
 
     def crops(self) -> Iterator[Crop]:
-        """Per instance `(x0, y0, mask [h, w] bool)`: its mask within its box, the first pixel being the image's `(x0, y0)`.
+        """For each instance `(x0, y0, mask [h, w] bool)`: its mask inside its box, whose first pixel is `(x0, y0)` of the image.
 
-        Computed once, when first asked for.
+        The crops are computed at the first call and kept.
         """
         yield from self._crops
 
     @property
     def masks(self) -> npt.NDArray[np.bool_]:
-        """`[N, height, width]`, drawn when asked for: N images large."""
+        """Masks of the image's size, `[N, height, width] bool`, drawn at each access; `crops()` needs far less memory."""
         masks = np.zeros((len(self), *self.size), bool)
         for mask, (x0, y0, crop) in zip(masks, self.crops(), strict=True):
             mask[y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = crop
         return masks
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO results, one a detection: `image_id category_id bbox` (xywh, pixels) `score segmentation` (compressed RLE) and `grid`."""
+        """COCO results, one for each instance.
+
+        Returns:
+            `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`, `segmentation` (compressed RLE) and `grid`.
+        """
         from runtime.paste import encode_crop
 
         return [
@@ -101,7 +116,7 @@ class Instances:
         ]
 
     def to_supervision(self) -> supervision.Detections:
-        """As `supervision.Detections`, with masks drawn, and `grid` and `class_name` in its `data`.
+        """The instances as `supervision.Detections`, with masks, and with `grid` and `class_name` in `data`.
 
         Raises:
             InputError: supervision is not installed.

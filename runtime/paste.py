@@ -1,4 +1,4 @@
-"""From an instance's mask logits to the pixels it covers: crops the size of the box, never a full image of floats per instance."""
+"""Pastes masks: mask logits to the pixels of the image, as crops of the box's size."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def covered_pixels(box: npt.NDArray[np.floating[Any]], height: int, width: int) 
 def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]], height: int, width: int) -> Crop:
     """The pixels of a mask, as a crop of the `height x width` image.
 
-    Probabilities are sampled bilinearly at pixel centres, cell i of the grid standing at `x0 + (i + 0.5) w / g` and zeros outside it, as
-    torchvision's and Detectron2's pasting do; a pixel belongs to the mask above 0.5. So no pixel whose centre is outside the box can.
+    Probabilities are sampled bilinearly at pixel centres, as in torchvision and Detectron2: the centre of grid cell i is at
+    `x0 + (i + 0.5) w / g`, and outside the grid the probability is 0. A pixel belongs to the mask if its probability is above 0.5 and its
+    centre is in the box.
 
     Args:
         logits: `[g, g] float32`.
@@ -64,13 +65,13 @@ def encode_crop(crop: Crop, height: int, width: int) -> Rle:
     from pycocotools import mask as coco_mask
 
     x0, y0, mask = crop
-    # Column by column, each closed by a zero, so that every run starts and ends within its column.
+    # A zero at the end of each column makes each run start and end within its column.
     columns = np.zeros((mask.shape[1], mask.shape[0] + 1), bool)
     columns[:, :-1] = mask.T
     flat = columns.ravel()
     column, row = np.divmod(np.flatnonzero(flat != np.concatenate([[False], flat[:-1]])), columns.shape[1])
     edges = (column + x0) * height + row + y0
-    # A run that fills its column to the image's bottom goes on at the top of the next one.
+    # A run that reaches the bottom of the image continues at the top of the next column.
     if mask.shape[0] == height and len(edges):
         joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
         edges = np.delete(edges, np.concatenate([joined, joined + 1]))

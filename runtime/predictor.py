@@ -84,8 +84,9 @@ class Predictor:
     def close(self) -> None:
         """Free the engine, after the run in progress. Later calls are refused; closing twice does no harm."""
         with self._lock:
-            self._closed = True
-            self.engine.close()
+            if not self._closed:
+                self._closed = True
+                self.engine.close()
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""From an image to the canvas the model sees."""
+"""Letterboxing: scales an image to the canvas, the input of the model, and normalises it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 
 def letterbox_scale(height: int, width: int, canvas_height: int, canvas_width: int) -> tuple[float, int, int]:
-    """The one factor by which an image is scaled to fit the canvas, and its height and width there: 1 pixel at least, pixels."""
+    """The factor that scales an image to fit the canvas, and the scaled height and width in pixels, at least 1 each."""
     scale = min(canvas_height / height, canvas_width / width)
     return scale, max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def filled_canvas(sizes: Iterable[tuple[int, int]], canvas: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
-    """The height and width of the smallest canvas that holds images which are scaled to fit another: what is left off is padding.
+    """The smallest canvas that holds images which were scaled to fit `canvas`: only padding is cut off.
 
     Args:
         sizes: the images' heights and widths, pixels.
@@ -24,7 +24,7 @@ def filled_canvas(sizes: Iterable[tuple[int, int]], canvas: tuple[int, int], lea
         least: height and width, multiples of 32, not larger than `canvas`.
 
     Returns:
-        Multiples of 32, from `least` to `canvas`.
+        Height and width, multiples of 32, from `least` to `canvas`.
     """
     contents = [letterbox_scale(*size, *canvas)[1:] for size in sizes]
     height, width = (max(low, *(-(-side // 32) * 32 for side in sides)) for low, *sides in zip(least, *contents, strict=True))
@@ -39,15 +39,15 @@ def letterbox_normalise(
     std: Sequence[float],
     out: npt.NDArray[np.float32] | None = None,
 ) -> tuple[npt.NDArray[np.float32], float]:
-    """The image scaled to fit, at the top left of the canvas, as `(x / 255 - mean) / std`; zeros in the rest.
+    """The image scaled to fit the canvas, at its top left, as `(x / 255 - mean) / std`; the rest is 0.
 
     Pixels are averaged where the image shrinks and interpolated bilinearly where it grows.
 
     Args:
         image: `[h, w, 3] uint8` RGB.
-        height, width: the canvas that the image is scaled to fit, pixels.
+        height, width: of the canvas, pixels.
         mean, std: per channel, of values from 0 to 1.
-        out: `[1, 3, h, w] float32` to write into; where it is smaller than the canvas, it must hold the scaled image (`filled_canvas`).
+        out: `[1, 3, h, w] float32` to write into; it may be smaller than the canvas if it holds the scaled image (`filled_canvas`).
 
     Returns:
         `[1, 3, height, width] float32` or `out`, and the scale: canvas pixels per image pixel.

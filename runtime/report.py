@@ -1,4 +1,4 @@
-"""A validation result as one HTML file: accuracy against latency, who got which grid, pictures. It opens offline."""
+"""A validation result as one HTML file that opens offline: accuracy against latency, cost by class, annotated images."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import DynaMaskError, InputError
 from runtime.files import atomic_path
+from runtime.statistics import LATENCIES, QUANTILES
 
 if TYPE_CHECKING:
     from runtime.predictor import Predictor
@@ -26,15 +27,14 @@ Picture = tuple[str, "NDArray[Any]"]
 """A caption and an image `[H, W, 3] uint8` RGB."""
 
 _FAMILIES = ("uniform", "routed", "size")
-_PARTS = ("preprocess", "detector", "masks", "paste")
 _DASH = "–"
 
 
 def write_report(result: Mapping[str, Any], path: str | os.PathLike[str], pictures: Sequence[Picture] = ()) -> None:
-    """Write what `runtime.validate.validate` returned as one self-contained HTML file (inline CSS and SVG, no scripts, pictures as JPEG).
+    """Write the result of `runtime.validate.validate` as one HTML file: inline CSS and SVG, pictures as JPEG, no scripts.
 
     Raises:
-        DynaMaskError: the file could not be written, or a picture not encoded.
+        DynaMaskError: the file could not be written, or a picture could not be encoded.
     """
     import jinja2
 
@@ -45,7 +45,7 @@ def write_report(result: Mapping[str, Any], path: str | os.PathLike[str], pictur
 
 
 def example_pictures(predictor: Predictor, dataset: CocoFiles, count: int) -> list[Picture]:
-    """The first images of a data set that can be read, at most `count`, with what the predictor finds drawn on them."""
+    """The first readable images of a data set, at most `count`, annotated with the instances that the predictor finds."""
     from runtime.annotate import annotate
     from runtime.images import read_image
 
@@ -71,9 +71,9 @@ def _page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, A
 
     policies = result["policies"]
     charts = [
-        (f"Time for a whole frame, on {result['machine']['cpu']}.", "latency per image, total p50 (ms)", _total_ms, 980),
-        ("Time of the mask branch alone: what routing changes.", "latency per image, mask branch p50 (ms)", _masks_ms, 480),
-        ("Counted cost of the mask branch.", "mean cost per instance (GMAC)", operator.itemgetter("gmacs"), 480),
+        (f"Time for a whole image, on {result['machine']['cpu']}.", "latency per image, total p50 (ms)", _total_ms, 980),
+        ("Time of the mask branch alone, the part that the policy changes.", "latency per image, mask branch p50 (ms)", _masks_ms, 480),
+        ("Cost of the mask branch, counted from its layers.", "mean cost per instance (GMAC)", operator.itemgetter("gmacs"), 480),
     ]
     dataset = result["dataset"]
     return {
@@ -85,11 +85,13 @@ def _page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, A
             for caption, label, cost, width in charts
         ],
         "rows": _rows(policies),
-        "parts": [*_PARTS, "total"],
+        "parts": LATENCIES,
+        "quantiles": QUANTILES,
         "grids": [{"grid": grid["grid"], "gmacs": _number(grid["gmacs"], 3)} for grid in result["grids"]],
         "routing": _routing(policies),
         "pictures": [{"caption": caption, "data": _jpeg(image)} for caption, image in pictures],
         "skipped": result["skipped"],
+        "left_out": dataset["annotations_left_out"],
     }
 
 
@@ -115,7 +117,8 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _family(policy: str) -> str:
-    return next(family for family in _FAMILIES if policy.startswith(family))
+    """The policy's line in the charts; a policy with a name of its own stands with the routed ones."""
+    return next((family for family in _FAMILIES if policy.startswith(family)), "routed")
 
 
 def _points(policies: Mapping[str, Any], cost: Any) -> list[_Point]:
@@ -132,7 +135,7 @@ def _rows(policies: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns += [[policy[kind]["AP"] for policy in policies.values()] for kind in ("bbox", "boundary")]
     columns += [[policy["latency_ms"]["total"]["p50"] for policy in policies.values()]]
     texts = [[_number(value, 3 if i == 0 else 1) for value in column] for i, column in enumerate(columns)]
-    # The highest AP, the lowest latency; the counted cost is what one pays with, not what one competes in.
+    # Best is the highest AP and the lowest latency; the cost is given, not compared.
     best = [None, *(_best(column, max) for column in columns[1:-1]), _best(columns[-1], min)]
     return [
         {
@@ -140,9 +143,7 @@ def _rows(policies: Mapping[str, Any]) -> list[dict[str, Any]]:
             "family": _family(name),
             "gmacs": texts[0][row],
             "share": _bar(policy["share"]),
-            "latency": [
-                _number(policy["latency_ms"][part][quantile], 1) for part in (*_PARTS, "total") for quantile in ("p50", "p95", "p99")
-            ],
+            "latency": [_number(policy["latency_ms"][part][quantile], 1) for part in LATENCIES for quantile in QUANTILES],
             "cells": [
                 {"text": text[row], "best": top is not None and text[row] == _number(top, 1)} for text, top in zip(texts, best, strict=True)
             ],
@@ -153,7 +154,7 @@ def _rows(policies: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _best(column: Sequence[float | None], choose: Any) -> float | None:
     known = [value for value in column if value is not None]
-    # Where all are alike, none is best.
+    # If all are alike, none is best.
     return choose(known) if len({_number(value, 1) for value in known}) > 1 else None
 
 
@@ -162,7 +163,7 @@ def _bar(share: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _routing(policies: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The table of the first routed policy that found anything."""
+    """The table of cost by class, of the first routed policy that found anything."""
     for name, policy in policies.items():
         routing = policy.get("routing")
         if routing and routing["classes"]:
@@ -215,7 +216,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 14.0, 12.0, 42.0
 
 
 def curve_svg(points: Sequence[tuple[str, str, float, float]], x_label: str, y_label: str, width: int = 480) -> str:
-    """A labelled curve as inline SVG that takes its colours from the page.
+    """A chart of labelled points as inline SVG, in the colours of the page.
 
     Args:
         points: `(name, family, x, y)`; points of one family are joined by a line, in order of x.
@@ -287,7 +288,7 @@ _Box = tuple[float, float, float, float]
 
 
 def _names(lines: Sequence[Sequence[tuple[float, float, str]]], right: float) -> list[str]:
-    """Labels beside their points, each where it covers the least of points, labels set before it, and curves."""
+    """Labels beside their points; each is placed where it covers points, earlier labels and curves the least."""
     anchors = [anchor for line in lines for anchor in line]
     taken = [(x - 7, y - 7, x + 7, y + 7) for x, y, _ in anchors]
     curves = [spot for line in lines for (x0, y0, _), (x1, y1, _) in itertools.pairwise(line) for spot in _along(x0, y0, x1, y1)]
@@ -303,7 +304,7 @@ def _names(lines: Sequence[Sequence[tuple[float, float, str]]], right: float) ->
 
 
 def _places(x: float, y: float, width: float, right: float) -> list[_Box]:
-    """Boxes for a label around a point, the nicest first, those inside the drawing only (the first one, if none is)."""
+    """Boxes for a label around a point, the preferred one first, without those outside the drawing (if all are, the first)."""
     corners = [
         (9.0, -7.0),
         (6.0, 7.0),
@@ -320,7 +321,7 @@ def _places(x: float, y: float, width: float, right: float) -> list[_Box]:
 
 
 def _along(x0: float, y0: float, x1: float, y1: float) -> list[_Box]:
-    """Points on a straight line, every four units, as boxes without extent."""
+    """Points on a straight line, every four units, as boxes of size 0."""
     steps = int(math.hypot(x1 - x0, y1 - y0) // 4) + 1
     places = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
     return [(x, y, x, y) for x, y in places]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from runtime.annotate import annotate
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import atomic_path, unwritable
+from runtime.files import Output, atomic_path, failure, is_special, unwritable
 
 if TYPE_CHECKING:
     import av
@@ -64,15 +64,17 @@ class JsonLinesSink(Sink):
     """One JSON object a line and frame: `index`, `time_s`, `name`, `times_ms`, `dropped`, `detections`.
 
     A detection is a COCO result as `Instances.to_coco` gives it (its `image_id` the frame's index), and `class`, the name of its class.
-    Every line is on disk as soon as it is written, in `<name>.partial` until the end.
+    Every line is on disk as soon as it is written, in `<stem>.<random>.partial<suffix>` until the end. Into a device, a pipe or an open
+    descriptor (`/dev/stdout`, `/dev/fd/3`), lines are written as they come.
+
+    Raises:
+        InputError: nothing can be written at `path`.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        with _opening(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("wb", buffering=0)
+        self._output = Output(path)
+        self._file = self._output.open()
 
     def write(self, frame: Frame, instances: Instances) -> None:
         record = {
@@ -84,23 +86,31 @@ class JsonLinesSink(Sink):
             "detections": detections(instances, frame.index),
         }
         line = memoryview(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
-        whole = self._file.tell()
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(whole)
-            raise unfinished(self.path, self._partial, error) from error
+        with _writing(self._output):
+            if self._output.straight:
+                self._write(line)
+                return
+            whole = self._file.tell()
+            try:
+                self._write(line)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(whole)
+                raise
+
+    def _write(self, line: memoryview) -> None:
+        while line:
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
-        with _writing(self.path, self._partial):
+        with _writing(self._output):
             self._file.close()
-            self._partial.replace(self.path)
+            self._output.commit()
 
     def abandon(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
+        self._output.keep()
 
 
 def detections(instances: Instances, image_id: int) -> list[dict[str, Any]]:
@@ -110,38 +120,39 @@ def detections(instances: Instances, image_id: int) -> list[dict[str, Any]]:
 
 
 class VideoSink(Sink):
-    """An annotated MP4 (H.264, yuv420p), in `<stem>.partial.mp4` until the end.
+    """An annotated MP4 (H.264, yuv420p), in `<stem>.<random>.partial.mp4` until the end.
 
     The first frame fixes the size, one pixel larger where that is odd; frames of another size are fitted into it, at the top left.
-    Frames keep their times, so that frames left out stay gaps.
+    Frames keep their times, so that frames left out stay gaps. MP4 is written with jumps back, so a pipe gets it at the end, from a
+    file in the system's folder for temporary files.
 
     Args:
-        path: the file, with the suffix `.mp4`.
+        path: the file, with the suffix `.mp4`, or a device, pipe or descriptor.
         frame_rate: frames a second, the source's.
 
     Raises:
-        InputError: the file's name does not end with `.mp4`.
+        InputError: the file's name does not end with `.mp4`, or nothing can be written there.
     """
 
     def __init__(self, path: str | os.PathLike[str], frame_rate: Fraction | float) -> None:
+        import av
+
         self.path = Path(path)
-        if self.path.suffix.lower() != ".mp4":
+        if self.path.suffix.lower() != ".mp4" and not is_special(self.path):
             raise InputError(f"{self.path} is no MP4; give the video a name that ends with .mp4.")
-        self._partial = self.path.with_name(self.path.stem + ".partial.mp4")
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._last = -1
         self._stream: av.VideoStream | None = None
-        with _opening(self.path):
-            import av
-
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._container = av.open(f"file:{self._partial}", "w", format="mp4")
+        self._output = Output(path)
+        # FFmpeg writes through this file: it knows no file names, whose colons and bytes it would interpret.
+        self._file = self._output.path.open("wb")
+        self._container = av.open(self._file, "w", format="mp4")
 
     def write(self, frame: Frame, instances: Instances) -> None:
         import av
 
-        image = annotate(frame.image, instances, score=0.0)
-        with _writing(self.path, self._partial):
+        with _writing(self._output):
+            image = annotate(frame.image, instances, score=0.0)
             if self._stream is None:
                 self._stream = self._open_stream(*_even(image).shape[:2])
             picture = av.VideoFrame.from_ndarray(_fit(_even(image), self._stream.height, self._stream.width), format="rgb24")
@@ -156,23 +167,28 @@ class VideoSink(Sink):
         return stream
 
     def close(self) -> None:
-        with _writing(self.path, self._partial):
+        with _writing(self._output):
             self._end()
-            # FFmpeg makes the file with its first frame.
-            if self._stream is not None:
-                self._partial.replace(self.path)
+            if self._stream is None:
+                self._output.discard()
+            else:
+                self._output.commit()
 
     def abandon(self) -> None:
         # Ended too, so that what was encoded can be played; only its name stays provisional.
-        with contextlib.suppress(DynaMaskError), _writing(self.path, self._partial):
+        with contextlib.suppress(DynaMaskError), _writing(self._output):
             self._end()
+        self._output.keep()
 
     def _end(self) -> None:
         try:
             if self._stream is not None:
                 self._container.mux(self._stream.encode(None))
         finally:
-            self._container.close()
+            try:
+                self._container.close()
+            finally:
+                self._file.close()
 
 
 class FolderSink(Sink):
@@ -184,8 +200,12 @@ class FolderSink(Sink):
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        with _opening(self.folder, folder=True):
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file already; choose another folder.")
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
 
     def write(self, frame: Frame, instances: Instances) -> None:
         import cv2
@@ -216,32 +236,14 @@ def _fit(image: Image, height: int, width: int) -> Image:
 
 
 @contextlib.contextmanager
-def _opening(path: Path, folder: bool = False) -> Iterator[None]:
-    """Refuse what cannot take the name `path` in the end, and turn what the system or FFmpeg says about it into a sentence."""
-    import av
-
-    try:
-        if path.exists() and path.is_dir() != folder:
-            raise InputError(f"{path} is a {'file' if path.is_file() else 'folder'} already; choose another place.")
-        yield
-    except (OSError, av.FFmpegError) as error:
-        raise unwritable(path, OSError(error.errno, error.strerror)) from error
-
-
-@contextlib.contextmanager
-def _writing(path: Path, partial: Path) -> Iterator[None]:
-    """Turn what the system or FFmpeg says about a failed write into the project's sentence."""
+def _writing(output: Output) -> Iterator[None]:
+    """Turn the system's or FFmpeg's error for a failed write into the project's."""
     import av
 
     try:
         yield
     except (OSError, av.FFmpegError) as error:
-        raise unfinished(path, partial, error) from error
-
-
-def unfinished(path: Path, partial: Path, error: Exception) -> DynaMaskError:
-    """The sentence for a stream that could not be written to the end."""
-    reason = getattr(error, "strerror", None) or error
-    return DynaMaskError(
-        f"{path} could not be written ({reason}): what was written is in {partial}; free some space or choose another folder."
-    )
+        cause, way_out = failure(OSError(error.errno, error.strerror))
+        partial = output.keep()
+        kept = "" if partial is None else f": what was written is in {partial}"
+        raise DynaMaskError(f"{output.destination} could not be written ({cause}){kept}; {way_out}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import onnx
 import onnx.utils
 import onnxruntime
 import pytest
-from typer.testing import CliRunner
 
+import dynamask
 from cli.demo import carried_checkpoint
-from cli.main import app
+from cli.main import main
 from dynamask.data.shapes import draw_image, write_dataset, write_video
 from export.deform_conv_fallback import replace_deform_conv
 from export.export import export_bundle
@@ -177,11 +178,25 @@ def test_a_real_video_runs(predictor: Predictor, shared_data: Path, folder: Path
     assert report.frames == 5
 
 
-def test_predict_writes_coco_results(bundle: Path, dataset: Path, folder: Path) -> None:
-    images = [str(p) for p in sorted((dataset / "images").iterdir())]
-    result = CliRunner().invoke(app, ["predict", str(bundle), *images, "--json", str(folder / "found.json")])
-    assert result.exit_code == 0, result.output
-    assert (folder / "found.json").stat().st_size > 100
+@pytest.mark.parametrize(
+    ("policy", "budget_share", "grid_override"), [("routed", 0.0, None), ("routed@30%", 0.3, None), ("uniform-28", 0.0, 1)]
+)
+def test_predict_stream_and_load_agree_on_one_image(
+    bundle: Path, dataset: Path, tmp_path: Path, policy: str, budget_share: float, grid_override: int | None
+) -> None:
+    """Boxes, scores, classes, grids and masks."""
+    path = sorted((dataset / "images").iterdir())[0]
+    options = ["--grid", policy, "--score", "0.4", "--threads", "1"]
+    assert main(["predict", str(bundle), str(path), *options, "--json", str(tmp_path / "predict.json")]) == 0
+    assert main(["stream", str(bundle), str(path), *options, "--jsonl", str(tmp_path / "stream.jsonl")]) == 0
+    costs = Bundle.open(bundle).manifest.grid_gmacs
+    with dynamask.load(bundle, budget_gmacs=budget_share * costs[112], threads=1) as loaded:
+        found = loaded(dynamask.read_image(path), grid_override=grid_override, min_score=0.4).to_coco(0)
+    (record,) = json.loads((tmp_path / "predict.json").read_text())["images"]
+    (frame,) = (json.loads(line) for line in (tmp_path / "stream.jsonl").read_text().splitlines())
+    assert len(found) > 3
+    assert record["detections"] == found
+    assert [{key: value for key, value in detection.items() if key != "class"} for detection in frame["detections"]] == found
 
 
 def test_a_changed_byte_is_refused(bundle: Path, folder: Path) -> None:

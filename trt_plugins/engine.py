@@ -22,7 +22,7 @@ import numpy.typing as npt
 from runtime.bundle import Bundle, Canvas, EngineEntry, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS, INPUTS, OUTPUTS
-from runtime.targets.base import EngineOutput, GridOverride, check_fits, slot_overrides
+from runtime.targets.base import EngineOutput, GridOverride, check_fits, closed_engine, slot_overrides
 from trt_plugins.driver import open_driver
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.launcher import KernelLauncher
@@ -125,7 +125,7 @@ class TensorRTEngine:
         return self._path.stat().st_size + self._engine.device_memory_size_v2 + buffers
 
     def run(
-        self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+        self, image: npt.NDArray[np.float32], budget_gmacs: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
     ) -> EngineOutput:
         """As `Engine.run`; `times_ms` are apart where the GPU has the detections, and include the copies.
 
@@ -135,6 +135,8 @@ class TensorRTEngine:
             InputError: as there, or the engine's kernels are not those of this version.
             DynaMaskError: TensorRT or CUDA failed.
         """
+        if self._context is None:
+            raise closed_engine(self._bundle, self.target)
         start = time.perf_counter()
         check_fits(image.shape, self.profile, self._bundle, self.target)
         driver, stream, tensors = self._driver, self._stream, self._tensors
@@ -149,7 +151,7 @@ class TensorRTEngine:
             canvases[:images], canvases[images:] = image, 0
             # With a grid given, what is found on an empty canvas has no part in the budget; the smallest costs least.
             given[:slots], given[slots:] = overrides, 0
-            least[...], limit[...] = min_score, budget or 0.0
+            least[...], limit[...] = min_score, budget_gmacs or 0.0
             # The stream is idle: the event's time is now.
             filled = time.perf_counter()
             driver.record(self._start, stream)

@@ -72,18 +72,19 @@ class Engine(Protocol):
         """Free the engine; it cannot run any more."""
 
     def run(
-        self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+        self, image: npt.NDArray[np.float32], budget_gmacs: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
     ) -> EngineOutput:
         """Detect and segment the images of a run.
 
         Args:
             image: `[B, 3, H, W] float32`, normalised canvases, as many and as large as the profile has.
-            budget: mean GMAC an instance to keep to, over all images; none where None or 0.
+            budget_gmacs: the largest mean cost of an instance's mask over all images of the run, in GMAC; None or 0 sets no limit.
             grid_override: one value for all slots or `[B * K]`.
             min_score: what scores this or less is left out before the mask branch.
 
         Raises:
-            InputError: no such input, more images or another canvas than the profile has, or overrides for another number of slots.
+            InputError: no such input, more images or another canvas than the profile has, overrides for another number of slots, or
+                the engine is closed.
         """
 
 
@@ -133,6 +134,11 @@ def check_fits(shape: Sequence[int], profile: Profile, bundle: Path, target: str
         f"{list(shape)}; give it such, or build one that takes more with dynamask build-engine {bundle} "
         f"--target {'tensorrt-rtx' if target == 'onnxruntime' else target}, --batch and --size."
     )
+
+
+def closed_engine(bundle: Path, target: str) -> InputError:
+    """The error for a run of an engine after its `close`."""
+    return InputError(f"this engine for {target} of {bundle} is closed; open the bundle again with dynamask.load.")
 
 
 def slot_overrides(grid_override: GridOverride, slots: int) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ import onnxruntime as ort
 from runtime.bundle import MANIFEST, Bundle, Profile
 from runtime.errors import InputError
 from runtime.graph import DETECTIONS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
-from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, slot_overrides
+from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
 
 TARGET = "onnxruntime"
 DETECTOR = "detector.onnx"
@@ -94,42 +94,55 @@ class OnnxRuntimeEngine:
         """Free both sessions."""
         self._detector = self._masks = None
 
+    def _check_open(self) -> None:
+        if self._masks is None:
+            raise closed_engine(self._path, TARGET)
+
     @property
     def feature_shapes(self) -> list[tuple[int, int, int, int]]:
         """`[1, C, H / s, W / s]` of P2..P5, as the mask branch takes them."""
+        self._check_open()
         shapes = {value.name: value.shape for value in self._masks.get_inputs()}
         return [tuple(shapes[name]) for name in PYRAMID]
 
     def run(
-        self, image: npt.NDArray[np.float32], budget: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+        self, image: npt.NDArray[np.float32], budget_gmacs: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
     ) -> EngineOutput:
         """As `Engine.run`, for one image on the bundle's canvas; `times_ms` are those of the two sessions."""
+        self._check_open()
         check_fits(image.shape, self.profile, self._path, TARGET)
         start = time.perf_counter()
         inputs = {"image": _value(image), "min_score": _value(np.array(min_score, np.float32))}
         detected = self._detector.run_with_ort_values((*PYRAMID, *DETECTIONS), inputs)
         found = time.perf_counter()
         boxes, scores, labels = detected[4:]
-        grids, masks = self.run_masks(detected[:4], boxes, scores, labels, budget, grid_override)
+        grids, masks = self.run_masks(detected[:4], boxes, scores, labels, budget_gmacs, grid_override)
         end = time.perf_counter()
         times = {"detector": 1000 * (found - start), "masks": 1000 * (end - found)}
         return EngineOutput(boxes.numpy(), scores.numpy(), labels.numpy(), grids, masks, times)
 
     def run_masks(
-        self, features: Sequence[Any], boxes: Any, scores: Any, labels: Any, budget: float | None = None, grid_override: GridOverride = None
+        self,
+        features: Sequence[Any],
+        boxes: Any,
+        scores: Any,
+        labels: Any,
+        budget_gmacs: float | None = None,
+        grid_override: GridOverride = None,
     ) -> tuple[npt.NDArray[np.int64], Masks]:
         """The mask branch alone, on arrays or `OrtValue`s.
 
         Args:
             features: P2..P5, `[1, C, H / s, W / s] float32`, as `feature_shapes` says.
             boxes, scores, labels: K slots, as in `EngineOutput`.
-            budget, grid_override: as in `run`.
+            budget_gmacs, grid_override: as in `run`.
 
         Returns:
             `grids [K]` (0..3, -1 in an empty slot) and the masks by grid.
         """
+        self._check_open()
         override = slot_overrides(grid_override, self.manifest.detections)
-        values = (*features, boxes, scores, labels, np.array(budget or 0, np.float32), override)
+        values = (*features, boxes, scores, labels, np.array(budget_gmacs or 0, np.float32), override)
         inputs = {name: _value(value) for name, value in zip((*PYRAMID, *DETECTIONS, *MASK_CONTROLS), values, strict=True)}
         grids, *rest = (value.numpy() for value in self._masks.run_with_ort_values(MASK_OUTPUTS, inputs))
         return grids, dict(zip(GRIDS, zip(rest[: len(GRIDS)], rest[len(GRIDS) :], strict=True), strict=True))

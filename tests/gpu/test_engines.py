@@ -36,7 +36,7 @@ SLACK = 32 << 20
 """Bytes: the GPU has other users."""
 OVERRIDES: dict[str, dict[str, Any]] = {
     "routed": {},
-    "budget": {"budget": 0.15},
+    "budget": {"budget_gmacs": 0.15},
     "14": {"grid_override": 0},
     "28": {"grid_override": 1},
     "56": {"grid_override": 2},
@@ -233,7 +233,7 @@ def test_a_budget_is_the_mean_over_the_images_of_a_run(several: Engine, images: 
     free = several.run(np.concatenate(images[:3]))
     budget = float(gmacs[free.grids[free.grids >= 0]].mean() + gmacs[0]) / 2
     for count in (3, 2, 1):
-        grids = several.run(np.concatenate(images[:count]), budget=budget).grids
+        grids = several.run(np.concatenate(images[:count]), budget_gmacs=budget).grids
         assert gmacs[grids[grids >= 0]].mean() <= budget * (1 + 1e-5)
 
 

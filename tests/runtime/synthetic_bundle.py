@@ -121,12 +121,12 @@ class EngineOfSeveral:
         self.counts = []
         """Of each run, how many canvases."""
 
-    def run(self, image, budget=None, grid_override=None, min_score=0.0):
+    def run(self, image, budget_gmacs=None, grid_override=None, min_score=0.0):
         count = len(image)
         assert count <= self.profile.batch[-1]
         self.counts.append(count)
         overrides = np.full(count * SLOTS, -1 if grid_override is None else grid_override).reshape(count, SLOTS)
-        parts = [self.engine.run(one[None], budget, own, min_score) for one, own in zip(image, overrides, strict=True)]
+        parts = [self.engine.run(one[None], budget_gmacs, own, min_score) for one, own in zip(image, overrides, strict=True)]
         masks = {
             grid: (
                 np.concatenate([part.masks[grid][0] + SLOTS * b for b, part in enumerate(parts)]),

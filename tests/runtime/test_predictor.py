@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -218,6 +222,65 @@ def test_a_wrong_call_is_refused(predictor, bundle):
         load(bundle, threads=0)
     with pytest.raises(InputError, match="not a target"):
         load(bundle, target="abacus")
+
+
+class SlowEngine:
+    """Another engine, which waits before it runs and notes whether it was closed during a run."""
+
+    def __init__(self, engine):
+        self.engine, self.profile = engine, engine.profile
+        self.started, self.running, self.closed_during_a_run = threading.Event(), False, None
+
+    def run(self, *values):
+        self.running = True
+        self.started.set()
+        time.sleep(0.005)
+        output = self.engine.run(*values)
+        self.running = False
+        return output
+
+    def close(self):
+        self.closed_during_a_run = self.running
+
+
+def test_threads_that_share_a_predictor_get_their_own_results(predictor):
+    shared = Predictor(predictor.bundle, SlowEngine(predictor.engine))
+    images = drawn((128, 96), (30, 200), (64, 64), (300, 40))
+    alone = [predictor(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(shared, images * 5))
+    for found, expected in zip(together, alone * 5, strict=True):
+        check_equal(found, expected)
+
+
+def test_a_closed_predictor_says_so(bundle):
+    with load(bundle) as closed:
+        closed(WHITE)
+    closed.close()
+    for call in (lambda: closed(WHITE), lambda: closed.batch([WHITE, WHITE])):
+        with pytest.raises(InputError, match=r"a\.bundle is closed; open the bundle again with dynamask\.load"):
+            call()
+
+
+def test_a_closed_engine_says_so(bundle):
+    engine = load(bundle).engine
+    engine.close()
+    engine.close()
+    image = np.zeros((1, 3, 64, 64), np.float32)
+    for call in (lambda: engine.run(image), lambda: engine.run_masks([], [], [], []), lambda: engine.feature_shapes):
+        with pytest.raises(InputError, match=r"engine for onnxruntime of .*a\.bundle is closed; open the bundle again"):
+            call()
+
+
+def test_closing_waits_for_the_run_of_another_thread(predictor):
+    engine = SlowEngine(predictor.engine)
+    shared = Predictor(predictor.bundle, engine)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(shared, WHITE)
+        engine.started.wait(timeout=60)
+        shared.close()
+        assert engine.closed_during_a_run is False
+        check_equal(found.result(), predictor(WHITE))
 
 
 def test_an_engine_that_does_not_fit_is_refused(synthetic, tmp_path):

@@ -64,7 +64,7 @@ def result():
         "supercategories": [_entry("intricate", 0.11), _entry("smooth", 0.03)],
     }
     return {
-        "dataset": {"name": "shapes/instances.json", "images": 200, "annotations": 1500, "annotations_left_out": {}},
+        "dataset": {"name": "shapes/instances.json", "images": 200, "annotations": 1500, "annotations_left_out": {"empty mask": 17}},
         "skipped": [{"image": "torn.jpg", "reason": "torn.jpg is truncated; copy it again."}],
         "bundle": {"preset": "lite0", "target": "onnxruntime", "precision": "float32", "canvas": [320, 320]},
         "grids": [{"grid": grid, "gmacs": gmacs} for grid, gmacs in GMACS.items()],
@@ -103,11 +103,18 @@ def test_the_page_holds_the_figures_and_nothing_from_elsewhere(result, tmp_path)
         "gear & <cog>",
         "3,120 px²",
         "torn.jpg is truncated",
+        "empty mask 17",
     ):
         assert expected in text, expected
     assert "script" not in reader.tags and "link" not in reader.tags
     assert len(reader.links) == 1 and reader.links[0].startswith("data:image/jpeg;base64,")
     assert not re.search(r"url\(|@import", page)
+
+
+def test_a_policy_with_a_name_of_its_own_is_reported(result, tmp_path):
+    result["policies"] = {"large <all>": result["policies"]["uniform-112"]}
+    write_report(result, tmp_path / "report.html")
+    assert "large &lt;all&gt;" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_undefined_figures_are_dashes(result, tmp_path):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,16 +109,18 @@ def test_what_is_abandoned_stays_under_another_name_and_leaves_what_stood_there(
             write(sink, frame(i))
         raise RuntimeError("boom")
     assert path.read_text() == "before"
+    [partial] = tmp_path.glob("out.*.partial.*")
     if kind == "video":
-        assert count_frames(tmp_path / "out.partial.mp4") == 4
+        assert count_frames(partial) == 4
     else:
-        assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 4
+        assert len(partial.read_text().splitlines()) == 4
 
 
 def test_lines_are_on_disk_before_the_end(tmp_path: Path) -> None:
     with JsonLinesSink(tmp_path / "out.jsonl") as sink:
         write(sink, frame(0))
-        assert (tmp_path / "out.jsonl.partial").read_bytes().endswith(b"}\n")
+        [partial] = tmp_path.glob("out.*.partial.jsonl")
+        assert partial.read_bytes().endswith(b"}\n")
         assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -125,7 +130,9 @@ def test_a_full_disk_is_one_sentence_and_the_earlier_lines_are_kept_whole(tmp_pa
         for i in range(100):
             write(sink, frame(i))
     assert "\n" not in str(caught.value)
-    lines = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    [partial] = tmp_path.glob("out.*.partial.jsonl")
+    assert str(partial) in str(caught.value)
+    lines = partial.read_text().splitlines()
     assert len(lines) > 1
     assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
     assert not path.exists()
@@ -156,11 +163,67 @@ def test_places_that_cannot_be_written_are_refused_at_once(tmp_path: Path) -> No
             make()
     (tmp_path / "folder.mp4").mkdir()
     for make in (lambda: VideoSink(tmp_path / "folder.mp4", 10), lambda: JsonLinesSink(tmp_path / "folder.mp4")):
-        with pytest.raises(InputError, match="is a folder already"):
+        with pytest.raises(InputError, match="it is a folder"):
             make()
     with pytest.raises(InputError, match="is a file already"):
         FolderSink(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+def test_two_runs_with_one_output_do_not_mix(tmp_path: Path) -> None:
+    for make in (lambda: JsonLinesSink(tmp_path / "out.jsonl"), lambda: VideoSink(tmp_path / "out.mp4", 10)):
+        with make() as first, make() as second:
+            for i in range(3):
+                write(first, frame(i), count=2)
+                write(second, frame(10 + i), count=1)
+    # Closed last is the first: its three lines are there, whole, and nothing of the other's.
+    assert [json.loads(line)["index"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert count_frames(tmp_path / "out.mp4") == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.mp4"]
+
+
+def test_lines_go_into_a_pipe_as_they_come_and_a_video_at_the_end(tmp_path: Path) -> None:
+    for name, kind in (("lines", JsonLinesSink), ("video", lambda path: VideoSink(path, 10))):
+        os.mkfifo(tmp_path / name)
+        reader = os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK)
+        with kind(tmp_path / name) as sink:
+            write(sink, frame(0, 16, 16), count=0)
+            if name == "lines":
+                assert json.loads(os.read(reader, 10_000))["index"] == 0
+        if name == "video":
+            (tmp_path / "read.mp4").write_bytes(os.read(reader, 60_000))
+            assert count_frames(tmp_path / "read.mp4") == 1
+        os.close(reader)
+        assert stat.S_ISFIFO((tmp_path / name).stat().st_mode)
+
+
+def test_a_full_device_and_a_reader_that_goes_are_said_as_what_they_are(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DynaMaskError, match=r"/dev/full could not be written \(No space left on device\); free some space"),
+        JsonLinesSink("/dev/full") as sink,
+    ):
+        write(sink, frame(0))
+    os.mkfifo(tmp_path / "lines")
+    reader = os.open(tmp_path / "lines", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(DynaMaskError, match="its reader has gone"), JsonLinesSink(tmp_path / "lines") as sink:
+        os.close(reader)
+        write(sink, frame(0))
+
+
+def test_a_folder_that_is_removed_while_a_stream_is_written_is_said(tmp_path: Path) -> None:
+    for make in (lambda: JsonLinesSink(tmp_path / "f" / "out.jsonl"), lambda: VideoSink(tmp_path / "f" / "out.mp4", 10)):
+        with pytest.raises(DynaMaskError, match="its folder does not exist"), make() as sink:
+            write(sink, frame(0))
+            shutil.rmtree(tmp_path / "f")
+
+
+@pytest.mark.parametrize("name", ["-x", ".x", "a:b %03d", "n" * 240, os.fsdecode(b"caf\xe9")])
+def test_any_name_can_be_written(tmp_path: Path, name: str) -> None:
+    sinks = [JsonLinesSink(tmp_path / f"{name}.jsonl"), VideoSink(tmp_path / f"{name}.mp4", 10), FolderSink(tmp_path / name)]
+    for sink in sinks:
+        with sink:
+            write(sink, frame(0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.jsonl", f"{name}.mp4"]
 
 
 def test_a_video_without_frames_leaves_no_file(tmp_path: Path) -> None:

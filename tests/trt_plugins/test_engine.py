@@ -318,7 +318,7 @@ def test_outputs_are_gathered(bundle, install, name):
     target = name.replace("_", "-")
     with TensorRTEngine(add_engine(bundle, target), target) as engine:
         outputs = [
-            engine.run(image(), budget=0.25),
+            engine.run(image(), budget_gmacs=0.25),
             engine.run(image(), grid_override=2),
             engine.run(image(), grid_override=np.array([3, -1, 0, 0, 0, 3]), min_score=0.2),
             engine.run(image(0)),
@@ -356,7 +356,7 @@ def test_any_number_of_images_within_the_profile_runs(several):
         # The buffers are made for the most.
         assert context.told == [("image", (3, 3, SIDE, SIDE)), ("grid_override", (3 * SLOTS,))]
         for values in ((0.9,), (0.9, 0.6, 0.3), (0.3, 0.9)):
-            check_found(engine.run(image(*values), budget=0.25), values, [FREE] * len(values), budget=0.25)
+            check_found(engine.run(image(*values), budget_gmacs=0.25), values, [FREE] * len(values), budget=0.25)
         told = len(context.told)
         check_found(engine.run(image(0.1, 0.2), grid_override=3), (0.1, 0.2), [LARGE] * 2)
         assert len(context.told) == told == 8  # Two inputs for each size but that of the last run, which stayed.
@@ -386,9 +386,9 @@ def test_fewer_images_than_the_least_are_filled_up(several):
     with several(PAIRS) as engine:
         assert not engine._context.told  # Nothing varies.
         engine._context.empty = 0.5
-        check_found(engine.run(image(0.9, 0.6), budget=0.5), (0.9, 0.6), [FREE] * 2, budget=0.5)
+        check_found(engine.run(image(0.9, 0.6), budget_gmacs=0.5), (0.9, 0.6), [FREE] * 2, budget=0.5)
         # Where the second image was there is nothing now; what may still be found there is left out, and no part of the budget.
-        check_found(engine.run(image(0.3), budget=0.5), (0.3,), [FREE], budget=0.5)
+        check_found(engine.run(image(0.3), budget_gmacs=0.5), (0.3,), [FREE], budget=0.5)
         images, overrides = engine._context.inputs
         assert images.shape == (2, 3, SIDE, SIDE) and not images[1].any()
         assert overrides.tolist() == [-1] * SLOTS + [0] * SLOTS
@@ -494,6 +494,8 @@ def test_everything_is_freed(bundle, install):
     engine.close()
     engine.close()
     assert not driver.blocks and not driver.streams
+    with pytest.raises(InputError, match="is closed; open the bundle again"):
+        engine.run(image())
 
 
 def test_what_does_not_load_is_freed_and_said_in_a_sentence(bundle, install):
