@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from cli.options import Json
+from cli.options import BundleFolder, Json, Target
 
 if TYPE_CHECKING:
     from runtime.bench import Eager, Frame
@@ -35,7 +35,7 @@ class PeerSize(str, enum.Enum):
 
 @app.command()
 def routing(
-    bundle: Annotated[Path, typer.Argument(help="The bundle to measure.")],
+    bundle: BundleFolder,
     instances: Annotated[int, typer.Option(help="Instances in the image.")] = 100,
     distribution: Annotated[str, typer.Option(metavar="A,B,C,D", help="Their parts at 14, 28, 56 and 112.")] = "35,34,21,10",
     repeats: Annotated[int, typer.Option(help="Timed rounds; medians are given.")] = 20,
@@ -43,8 +43,8 @@ def routing(
         Optional[str],  # noqa: UP045
         typer.Option(help="The checkpoint or preset that the bundle was exported from: its mask branch in PyTorch is measured too."),
     ] = None,
-    target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine, and of PyTorch.")] = None,  # noqa: UP045
+    target: Target = "auto",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of the engine, and of PyTorch; all cores by default.")] = None,  # noqa: UP045
     json: Json = None,
 ) -> None:
     """Time the mask branch: instances spread over the grids against all at 112.
@@ -66,13 +66,13 @@ def routing(
 
 @app.command()
 def latency(
-    bundle: Annotated[Path, typer.Argument(help="The bundle to measure.")],
+    bundle: BundleFolder,
     against: Annotated[Peer, typer.Option(help="The peer, with random weights, in PyTorch on the CPU.")] = Peer.maskrcnn,
     peer_size: Annotated[PeerSize, typer.Option(help="The peer's input: the bundle's canvas, or 800 x 1333 as usual.")] = PeerSize.same,
     images: Annotated[Optional[Path], typer.Option(help="A folder of images; drawn shapes by default.")] = None,  # noqa: UP045
     repeats: Annotated[int, typer.Option(help="Times that every image is taken.")] = 3,
-    target: Annotated[str, typer.Option(help="The engine to run; auto takes the best that the bundle holds.")] = "auto",
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads of the engine, and of PyTorch.")] = None,  # noqa: UP045
+    target: Target = "auto",
+    threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of the engine, and of PyTorch; all cores by default.")] = None,  # noqa: UP045
     json: Json = None,
 ) -> None:
     """Time a whole frame, from the decoded image to pasted masks, against a peer on the same images in turns.

@@ -20,7 +20,7 @@ class BudgetKeeper:
     """
 
     def __init__(self, mean_gmacs: float, grid_gmacs: Mapping[int, float]) -> None:
-        """Keep to `mean_gmacs` per instance, where an instance at grid g costs `grid_gmacs[g]`; 0 sets no limit."""
+        """Keep to `mean_gmacs` per instance, where an instance at grid g costs `grid_gmacs[g]`; 0 sets no limit (and needs no costs)."""
         self._mean_gmacs = mean_gmacs
         self._grid_gmacs = grid_gmacs
         self._saved: deque[float] = deque(maxlen=HORIZON)
@@ -37,6 +37,8 @@ class BudgetKeeper:
 
     def spend(self, grids: npt.NDArray[np.integer]) -> None:
         """Record the grids (14, 28, 56 or 112) of the image's instances."""
+        if not self._mean_gmacs:
+            return
         saved = sum(self._mean_gmacs - self._grid_gmacs[int(grid)] for grid in grids)
         # A debt is paid from the oldest savings first: otherwise it would lapse together with them.
         for index, earlier in enumerate(self._saved):

@@ -1,18 +1,30 @@
-"""The project's exceptions: every message is one sentence that names the file, the value and the way out."""
+"""The exceptions of this package. Each message is one sentence that names the file, the value and the way out."""
 
 from __future__ import annotations
 
 INTERRUPTED = 130
-"""The exit status of what Ctrl-C ended: 128 + SIGINT."""
+"""The exit status of a command that Ctrl-C ended: 128 + SIGINT."""
 
 
 class DynaMaskError(Exception):
-    """Something failed that the caller could not have prevented; the command line exits with status 1."""
+    """A failure that the caller could not prevent, such as a full disk; the command line exits with status 1.
+
+    The base class of all errors that this package raises: `except dynamask.DynaMaskError` catches `InputError` too.
+    """
 
     exit_status = 1
 
 
 class InputError(DynaMaskError):
-    """A wrong call or bad input (file, value, option); the command line exits with status 2."""
+    """A wrong call or bad input (a file, a value, an option); the command line exits with status 2.
+
+    Example:
+        >>> import dynamask
+        >>> try:
+        ...     dynamask.load(folder / "nothing.bundle")
+        ... except dynamask.InputError as error:
+        ...     print(error)
+        /...nothing.bundle is not a folder; give a bundle, as dynamask export writes it.
+    """
 
     exit_status = 2

@@ -24,6 +24,11 @@ def read_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
 
     Raises:
         InputError: the file is missing, is no image or is truncated, holds floating-point samples, or claims more than `MAX_PIXELS`.
+
+    Example:
+        >>> import dynamask
+        >>> dynamask.read_image(photo).shape == image.shape
+        True
     """
     path = Path(path)
     if not path.is_file():

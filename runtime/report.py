@@ -77,7 +77,7 @@ def _page(result: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, A
     ]
     dataset = result["dataset"]
     return {
-        "title": f"DynaMask {result['bundle']['preset']}: accuracy and latency together",
+        "title": f"DynaMask {result['bundle']['preset']}: accuracy and latency",
         "lead": f"{dataset['images']} images and {dataset['annotations']} masks of {dataset['name']}.",
         "facts": _facts(result),
         "charts": [

@@ -61,7 +61,7 @@ class Sink(abc.ABC):
 
 
 class JsonLinesSink(Sink):
-    """One JSON object a line and frame: `index`, `time_s`, `name`, `times_ms`, `dropped`, `detections`.
+    """One JSON object a line and frame: `index`, `time_s`, `name`, `times_ms`, `detections`.
 
     A detection is a COCO result as `Instances.to_coco` gives it (its `image_id` the frame's index), and `class`, the name of its class.
     Every line is on disk as soon as it is written, in `<stem>.<random>.partial<suffix>` until the end. Into a device, a pipe or an open
@@ -69,6 +69,14 @@ class JsonLinesSink(Sink):
 
     Raises:
         InputError: nothing can be written at `path`.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.load(bundle) as predictor:
+        ...     sink = dynamask.JsonLinesSink(folder / "detections.jsonl")
+        ...     report = dynamask.stream(predictor, dynamask.open_source(clip), [sink])
+        >>> len((folder / "detections.jsonl").read_text().splitlines()) == report.frames
+        True
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -82,7 +90,6 @@ class JsonLinesSink(Sink):
             "time_s": round(frame.time_s, 6),
             "name": frame.name,
             "times_ms": {part: round(ms, 3) for part, ms in instances.times_ms.items()},
-            "dropped": 0,
             "detections": detections(instances, frame.index),
         }
         line = memoryview(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
@@ -132,6 +139,14 @@ class VideoSink(Sink):
 
     Raises:
         InputError: the file's name does not end with `.mp4`, or nothing can be written there.
+
+    Example:
+        >>> import dynamask
+        >>> source = dynamask.open_source(clip)
+        >>> with dynamask.load(bundle) as predictor:
+        ...     report = dynamask.stream(predictor, source, [dynamask.VideoSink(folder / "annotated.mp4", source.frame_rate)])
+        >>> (folder / "annotated.mp4").exists()
+        True
     """
 
     def __init__(self, path: str | os.PathLike[str], frame_rate: Fraction | float) -> None:
@@ -196,6 +211,13 @@ class FolderSink(Sink):
 
     Args:
         folder: made if it is not there.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.load(bundle) as predictor:
+        ...     report = dynamask.stream(predictor, dynamask.open_source(clip), [dynamask.FolderSink(folder / "frames")])
+        >>> sorted(path.name for path in (folder / "frames").iterdir())[0]
+        '000000.jpg'
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

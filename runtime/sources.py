@@ -66,6 +66,13 @@ def open_source(path: str | os.PathLike[str]) -> Source:
 
     Raises:
         InputError: it is missing, empty, neither video nor images, or not one of its frames can be decoded.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.open_source(clip) as source:
+        ...     sizes = {frame.image.shape[:2] for frame in source}
+        >>> sizes == {source.size}
+        True
     """
     path = Path(path)
     if path.is_dir():

@@ -32,7 +32,15 @@ _Pasted = tuple["Frame", "Instances"]
 
 @dataclass(frozen=True)
 class StreamReport:
-    """Frames, speed, cost and memory of a stream."""
+    """Frames, speed, cost and memory of a stream.
+
+    Example:
+        >>> import dynamask
+        >>> with dynamask.load(bundle) as predictor:
+        ...     report = dynamask.stream(predictor, dynamask.open_source(clip), [])
+        >>> report.broken, sorted(report.latency_ms["total"])
+        (0, ['mean', 'p50', 'p95', 'p99'])
+    """
 
     frames: int
     """Frames through the engine and all sinks."""

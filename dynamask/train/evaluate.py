@@ -49,7 +49,8 @@ def evaluate(
         policy = ROUTED
     elif grid is not None:
         policy = Policy(f"uniform-{grid}", grid_override=GRIDS.index(grid))
-    keeper = BudgetKeeper(policy.budget_gmacs, dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True)))
+    grid_gmacs = dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True)) if policy.budget_gmacs else {}
+    keeper = BudgetKeeper(policy.budget_gmacs, grid_gmacs)
     count = len(dataset) if images is None else min(images, len(dataset))
     results: list[dict[str, Any]] = []
     image_ids: list[int] = []

@@ -52,3 +52,9 @@ def test_savings_lapse() -> None:
         keeper.spend(np.array([], np.int64))
     keeper.spend(np.array([28]))
     assert np.isclose(keeper.budget_gmacs(), 0.7)
+
+
+def test_without_a_limit_the_budget_stays_0() -> None:
+    keeper = BudgetKeeper(0.0, {})
+    keeper.spend(np.array([14, 112]))
+    assert keeper.budget_gmacs() == 0

@@ -84,10 +84,10 @@ def test_json_lines_give_back_boxes_classes_grids_and_masks(tmp_path: Path) -> N
         for i in range(3):
             write(sink, frame(i), count=(0, 4, 300)[i])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(line["index"], line["time_s"], line["dropped"], len(line["detections"])) for line in lines] == [
-        (0, 0.0, 0, 0),
-        (1, 0.1, 0, 4),
-        (2, 0.2, 0, 300),
+    assert [(line["index"], line["time_s"], len(line["detections"])) for line in lines] == [
+        (0, 0.0, 0),
+        (1, 0.1, 4),
+        (2, 0.2, 300),
     ]
     assert lines[1]["times_ms"] == TIMES
     expected = make_instances(4, (64, 96), seed=1)
