@@ -30,7 +30,12 @@ def canvas_fits(canvas: tuple[int, int]) -> bool:
 
 
 class ModelConfig(_Strict):
-    """The model's sizes. The defaults are `r50`, the paper's."""
+    """The model's sizes. The defaults are `r50`, the paper's.
+
+    Example:
+        >>> dynamask.ModelConfig().backbone, dynamask.PRESETS["lite0"].backbone
+        ('resnet50', 'efficientnet_lite0')
+    """
 
     preset: str = "r50"
     backbone: Literal[
@@ -302,10 +307,19 @@ EARLIER_NAMES = {
 
 
 def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> Config:
-    """A named configuration or a YAML file, with fields replaced: `load_config("lite0-coco", {"train.batch": 8})`.
+    """Load the configuration of a training run.
+
+    Args:
+        name_or_file: a name of `dynamask.config.CONFIGS` or a YAML file (docs/training.md).
+        overrides: fields to change, by their path: `{"train.batch": 3}`.
 
     Raises:
         InputError: no such name or file, not YAML, or a field that does not exist or does not fit.
+
+    Example:
+        >>> config = dynamask.load_config("lite0-coco", {"train.batch": 2})
+        >>> config.train.batch, config.model.canvas
+        (2, (384, 384))
     """
     if name_or_file in CONFIGS:
         tree = CONFIGS[name_or_file].model_dump(mode="json")

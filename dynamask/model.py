@@ -38,6 +38,14 @@ class DynaMask(Detector):
     In training mode, `model(images [B, 3, H, W], targets)` returns the losses, weighted and to be summed. `phase` 1 trains without the MSM,
     at all grids; `phase` 2 trains everything. `statistics` then holds the step's share of each grid and mean cost. With
     `train.frozen_detector` only the mask branch has losses and gradients.
+
+    Example:
+        >>> import torch
+        >>> classes = [{"id": 1, "name": "leaf"}]
+        >>> model = dynamask.build_model(dynamask.load_config("lite0-shapes", {"model.canvas": [64, 64]}), classes).eval()
+        >>> output = model.predict(torch.zeros(1, 3, 64, 64))
+        >>> output.boxes.shape[1], output.scores.shape == output.grids.shape
+        (4, True)
     """
 
     def __init__(self, config: Config, classes: Sequence[dict[str, Any]]) -> None:
@@ -102,7 +110,17 @@ def build_mask_branch(sizes: ModelConfig, classes: int) -> MaskBranch:
 
 
 def build_model(config: Config, classes: Sequence[dict[str, Any]]) -> DynaMask:
-    """A DynaMask with random weights; `classes` are `{"id": category id, "name": name}`, in the order of the labels."""
+    """Build a DynaMask with random weights; `dynamask.weights.load_weights` gives it trained ones.
+
+    Args:
+        config: sizes and recipe; `model` decides what is built.
+        classes: `{"id": category id, "name": name}` each, in the order of the labels. Background is not among them.
+
+    Example:
+        >>> model = dynamask.build_model(dynamask.load_config("lite0-shapes"), classes=[{"id": 1, "name": "leaf"}])
+        >>> model.config.model.canvas
+        (320, 320)
+    """
     return DynaMask(config, classes)
 
 
