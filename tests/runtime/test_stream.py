@@ -13,6 +13,7 @@ import pytest
 
 from cli.main import main
 from runtime.errors import DynaMaskError
+from runtime.policies import Policy
 from runtime.sinks import JsonLinesSink, Sink, VideoSink
 from runtime.sources import Frame, open_source
 from runtime.stream import QUEUED_FRAMES, StreamReport, run_stream
@@ -229,6 +230,27 @@ def test_the_command_writes_what_is_asked_for(tmp_path: Path, fake_bundle: None,
     assert count_frames(tmp_path / "o.mp4") == 5
     assert len(list((tmp_path / "frames").iterdir())) == 5
     assert "5 frames" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_output_may_be_a_folder_for_one_source_too(tmp_path: Path, fake_bundle: None, exists: bool) -> None:
+    source = write_video(tmp_path / "in.mp4", frames=3)
+    if exists:
+        (tmp_path / "out").mkdir()
+    assert main(["stream", "bundle", str(source), "--output", str(tmp_path / "out")]) == 0
+    assert count_frames(tmp_path / "out" / "in.mp4") == 3
+
+
+def test_a_policy_reaches_the_engine(tmp_path: Path) -> None:
+    for policy, budget_gmacs, override in (
+        ("routed@0.6gmac", 0.6, -1),
+        ("uniform-56", 0.0, 2),
+        (Policy("mine", 0.7, 4), 0.7, 4),
+        (None, 0.8, -1),
+    ):
+        predictor = FakePredictor(0, budget_gmacs=0.8)
+        run_stream(predictor, open_source(write_video(tmp_path / "in.mp4", frames=1)), [], policy)
+        assert (predictor.budgets, predictor.overrides) == ([budget_gmacs], [override])
 
 
 def test_several_sources_of_one_name_get_files_of_their_own(tmp_path: Path, fake_bundle: None) -> None:
