@@ -241,16 +241,14 @@ def test_output_may_be_a_folder_for_one_source_too(tmp_path: Path, fake_bundle: 
     assert count_frames(tmp_path / "out" / "in.mp4") == 3
 
 
-def test_a_policy_reaches_the_engine(tmp_path: Path) -> None:
-    for policy, budget_gmacs, override in (
-        ("routed@0.6gmac", 0.6, -1),
-        ("uniform-56", 0.0, 2),
-        (Policy("mine", 0.7, 4), 0.7, 4),
-        (None, 0.8, -1),
-    ):
-        predictor = FakePredictor(0, budget_gmacs=0.8)
-        run_stream(predictor, open_source(write_video(tmp_path / "in.mp4", frames=1)), [], policy)
-        assert (predictor.budgets, predictor.overrides) == ([budget_gmacs], [override])
+@pytest.mark.parametrize(
+    ("policy", "budget_gmacs", "override"),
+    [("routed@0.6gmac", 0.6, -1), ("uniform-56", 0.0, 2), ("size-based", 0.0, 4), (Policy("mine", 0.7, 3), 0.7, 3), (None, 0.8, -1)],
+)
+def test_a_policy_reaches_the_engine(tmp_path: Path, policy: str | Policy | None, budget_gmacs: float, override: int) -> None:
+    predictor = FakePredictor(0, budget_gmacs=0.8)
+    run_stream(predictor, open_source(write_video(tmp_path / "in.mp4", frames=1)), [], policy)
+    assert (predictor.budgets, predictor.overrides) == ([budget_gmacs], [override])
 
 
 def test_several_sources_of_one_name_get_files_of_their_own(tmp_path: Path, fake_bundle: None) -> None:
