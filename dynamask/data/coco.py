@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.coco import CocoAnnotation, read_coco
+from runtime.coco import CocoAnnotation, CocoData, read_coco
 from runtime.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -157,17 +157,22 @@ class CocoDataset:
         return image, target
 
 
-def left_out(datasets: Mapping[str, LabelledDataset]) -> tuple[list[str], dict[str, Any]]:
-    """What the readers left out of data sets, for the start of a run and for its JSON result.
+def left_out_lines(datasets: Mapping[str, Any]) -> list[str]:
+    """Sentences about what the reader left out of data sets and repaired, for the start of a run; none of data sets that are no COCO files.
 
     Args:
         datasets: by the name of their part, such as `train` and `val`.
-
-    Returns:
-        Sentences to show, and by part the numbers of `runtime.coco.CocoData.counts`; data sets that are no COCO files have neither.
     """
-    parts = {name: dataset.data for name, dataset in datasets.items() if isinstance(dataset, CocoDataset)}
-    return [line for data in parts.values() for line in data.summary()], {name: data.counts() for name, data in parts.items()}
+    return list(dict.fromkeys(line for data in _coco_data(datasets).values() for line in data.summary()))
+
+
+def left_out_counts(datasets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same as numbers, for a run's JSON result: by part, those of `runtime.coco.CocoData.counts`."""
+    return {part: data.counts() for part, data in _coco_data(datasets).items()}
+
+
+def _coco_data(datasets: Mapping[str, Any]) -> dict[str, CocoData]:
+    return {part: dataset.data for part, dataset in datasets.items() if isinstance(dataset, CocoDataset)}
 
 
 def coco_2017(root: Path, part: Part) -> CocoDataset:

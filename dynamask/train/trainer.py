@@ -27,7 +27,7 @@ from dynamask.config import MAY_CHANGE_ON_RESUME, Config, first_difference
 from dynamask.data.augment import TOLERATED_SHARE, TrainingItems
 from dynamask.data.canvas import collate
 from dynamask.data.cityscapes import CityscapesDataset
-from dynamask.data.coco import CocoDataset, LabelledDataset, Part, coco_2017
+from dynamask.data.coco import CocoDataset, LabelledDataset, Part, coco_2017, left_out_counts, left_out_lines
 from dynamask.data.lvis import lvis_v1
 from dynamask.data.shapes import ShapesDataset
 from dynamask.distributed import World, averaged, joined
@@ -77,7 +77,8 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
     Returns:
         What `metrics.json` holds: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
-        grid), `calibration` (of the MSM, in GMAC an instance, or None), `skipped` (images), `checkpoint`, `best`, `seconds`.
+        grid), `calibration` (of the MSM, in GMAC an instance, or None), `skipped` (images), `data` (by part, what was
+        used and left out), `checkpoint`, `best`, `seconds`.
 
     Raises:
         InputError: the output folder holds another run or cannot be written, there is nothing to resume, the data cannot be used, the
@@ -172,6 +173,8 @@ class Run:
         if train_set.classes != val_set.classes:
             part = config.data.val_annotations or config.data.root
             raise InputError(f"{part}: what is judged on has other classes than what is learnt from: use one list in both.")
+        for line in left_out_lines({"train": train_set.items.dataset, "val": val_set}):
+            report.message(line)
         device = world.device
         torch.manual_seed(config.train.seed)
         model = build_model(config, val_set.classes)
@@ -486,6 +489,7 @@ class Run:
             "uniform": self.evaluations[-1].get("uniform") if self.evaluations else None,
             "calibration": self.calibration,
             "skipped": len(self.skipped),
+            "data": left_out_counts({"train": self.train_set.items.dataset, "val": self.val_set}),
             "checkpoint": str(self.output / "model.safetensors"),
             "best": str(best) if best.exists() else None,
             "seconds": round(self.seconds, 1),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from dynamask.data.coco import CocoDataset, left_out
+from dynamask.data.coco import CocoDataset, left_out_counts, left_out_lines
 from dynamask.data.shapes import ShapesDataset, write_dataset
 from runtime.errors import InputError
 
@@ -50,10 +50,11 @@ def test_items_have_boxes_labels_and_masks_of_their_instances(tmp_path):
 
 def test_what_is_left_out_of_each_part_is_said_and_counted(tmp_path):
     dataset = CocoDataset(write(tmp_path, [instance(), instance(category_id=99)]), tmp_path)
-    lines, counts = left_out({"train": dataset, "val": ShapesDataset(1, seed=0)})
-    assert [line.split(":")[0] for line in lines] == ["Warning"]
-    assert "1 of 2 annotations (50.0%) are left out: 1 unknown category" in lines[0]
-    assert counts == {"train": dataset.data.counts()}
+    parts = {"train": dataset, "val": dataset, "shapes": ShapesDataset(1, seed=0)}
+    (line,), counts = left_out_lines(parts), left_out_counts(parts)
+    assert line.startswith("Warning: ")
+    assert "1 of 2 annotations (50.0%) are left out: 1 unknown category" in line
+    assert counts == dict.fromkeys(("train", "val"), dataset.data.counts())
     assert counts["train"]["annotations_left_out"] == {"unknown category": 1}
 
 
