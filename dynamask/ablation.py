@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dynamask.config import NO_EFFECT_ON_WEIGHTS, Config, first_difference, first_error, load_config, load_run_config
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
+from dynamask.train.datasets import validation_set
 from dynamask.train.evaluate import evaluate
 from dynamask.train.log import ProgressReport
-from dynamask.train.trainer import train, validation_set
+from dynamask.train.trainer import train
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, sha256, write_json
 from runtime.graph import GRIDS

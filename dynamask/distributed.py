@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.errors import InputError
@@ -53,6 +56,26 @@ class World:
             dist.all_reduce(values)
             values = values / self.size
         return values
+
+    def gather(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The entries of all processes, in each of them; all must call. Exchanged as JSON, because nothing is unpickled."""
+        if self.size == 1:
+            return entries
+        text = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8, device=self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)], device=self.device))
+        longest = max(int(length) for length in lengths)
+        if longest == len("[]"):
+            return []
+        padded = functional.pad(text, (0, longest - len(text)))
+        rows = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(rows, padded)
+        texts = (bytes(row[: int(length)].tolist()) for row, length in zip(rows, lengths, strict=True))
+        return [entry for text in texts for entry in json.loads(text)]
+
+    def lost_process(self, error: RuntimeError) -> bool:
+        """Whether an error says that another process of the run has ended."""
+        return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 @contextlib.contextmanager

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +24,17 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from dynamask.config import PRESETS, Config, parse_config
+from dynamask.data.augment import TrainingItems
 from dynamask.data.shapes import write_dataset
 from dynamask.distributed import World
 from dynamask.mask_targets import grid_targets
 from dynamask.model import DynaMask
 from dynamask.roi import batch_rois
-from dynamask.train.log import ProgressReport
-from dynamask.train.trainer import Interruption, Run
+from dynamask.train.datasets import training_and_validation, training_batches
+from dynamask.train.learner import Learner, build_learner
+from dynamask.train.progress import DivergenceGuard
+from dynamask.train.schedule import Schedule
+from dynamask.train.steps import StepFault, Stepper
 from runtime.errors import DynaMaskError, InputError
 from runtime.machine import machine
 from runtime.timing import take_turns
@@ -97,16 +102,16 @@ def bench_training(
         _write_images(Path(name), max(16, 2 * batch), model.canvas)
         contenders = [*PHASES, *([PEER] if preset == "r50" else [])]
         # Before this process holds models of its own.
-        memory = {contender: _apart(contender, config, where.type, Path(name)) for contender in contenders}
-        run = _prepared(config, where, Path(name))
-        times = _step_times(run, contenders, _first_batch(run), steps, warm_up)
-        wait = _loader_wait(run, steps, warm_up)
+        memory = {contender: _apart(contender, config, where.type) for contender in contenders}
+        own = _dynamask(config, where)
+        times = _step_times(own, contenders, next(own.batches(1, workers=0)), steps, warm_up)
+        wait = _loader_wait(own, steps, warm_up)
     return {
         "preset": preset,
         "canvas": list(model.canvas),
         "batch": batch,
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
-        "precision": "float16, mixed" if run.scaler.is_enabled() else "float32",
+        "precision": "float16, mixed" if own.stepper.learner.scaler.is_enabled() else "float32",
         "rois": {
             "sampled": model.rois_per_image,
             "positive": _positives(config),
@@ -209,29 +214,62 @@ def _positives(config: Config) -> int:
     return int(POSITIVE_SHARE * config.model.rois_per_image)
 
 
-def _prepared(config: Config, device: torch.device, folder: Path) -> Run:
-    """A run of the trainer before its first step, with damped weights and its full share of positives."""
-    with ProgressReport(quiet=True) as report:
-        run = Run.prepared(config, folder, None, report, Interruption(), World(device=device))
-    for block in run.model.backbone.modules():
+@dataclass
+class Contender:
+    """A model with the trainer's data and steps."""
+
+    config: Config
+    items: TrainingItems
+    stepper: Stepper
+
+    @property
+    def model(self) -> DynaMask:
+        return self.stepper.learner.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.stepper.world.device
+
+    def batches(self, phase: int, workers: int) -> Iterator[Batch]:
+        """The batches from the first step of a phase on."""
+        return training_batches(self.items, self.stepper.schedule, self._first_step(phase), workers, self.stepper.world)
+
+    def step(self, phase: int, batch: Batch) -> None:
+        """Take the first step of a phase, and wait until it is done. It always samples the same RoIs."""
+        try:
+            self.stepper.take(self.model, self._first_step(phase), *batch)
+        except StepFault as fault:
+            raise DynaMaskError(f"A step of the benchmark failed: {fault}.") from fault
+        _await(self.device)
+
+    def _first_step(self, phase: int) -> int:
+        return 0 if phase == 1 else self.stepper.schedule.phase1_steps
+
+
+def _dynamask(config: Config, device: torch.device) -> Contender:
+    """DynaMask before its first step, with damped weights and its full share of positives."""
+    items, val_set = training_and_validation(config)
+    learner = build_learner(config, val_set.classes, device)
+    for block in learner.model.backbone.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
             nn.init.constant_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight, RESIDUAL_SCALE)
-    _join_truths(run.model, config)
-    return run
+    _join_truths(learner.model, config)
+    return Contender(config, items, Stepper(learner, Schedule(config.train, len(items)), DivergenceGuard(), World(device=device)))
 
 
-def _peer_of(run: Run) -> Run:
-    """The same run, of torchvision's model with the same detector."""
-    peer = MaskRCNNPeer(run.config, len(run.model.classes)).to(run.world.device)
-    own, shared = peer.model.state_dict(), run.model.state_dict()
-    peer.model.load_state_dict(own | {name: tensor for name, tensor in shared.items() if name in own})
-    _join_truths(peer.model, run.config)
+def _peer_of(own: Contender) -> Contender:
+    """torchvision's model with the same detector and data."""
+    peer = MaskRCNNPeer(own.config, len(own.model.classes)).to(own.device)
+    tensors, shared = peer.model.state_dict(), own.model.state_dict()
+    peer.model.load_state_dict(tensors | {name: tensor for name, tensor in shared.items() if name in tensors})
+    _join_truths(peer.model, own.config)
     weights = [parameter for parameter in peer.parameters() if parameter.requires_grad]
-    recipe = run.config.train
+    recipe, stepper = own.config.train, own.stepper
     group = {"params": weights, "weight_decay": recipe.weight_decay, "rate_factor": 1.0}
     optimizer = torch.optim.SGD([group], lr=0.0, momentum=recipe.momentum)
-    scaler = GradScaler(run.world.device.type, enabled=run.scaler.is_enabled())
-    return replace(run, model=cast(DynaMask, peer), optimizer=optimizer, scaler=scaler, loss_watch=type(run.loss_watch)())
+    scaler = GradScaler(own.device.type, enabled=stepper.learner.scaler.is_enabled())
+    learner = Learner(cast(DynaMask, peer), optimizer, scaler)
+    return Contender(own.config, own.items, Stepper(learner, stepper.schedule, DivergenceGuard(), stepper.world))
 
 
 def _join_truths(model: Any, config: Config) -> None:
@@ -245,38 +283,24 @@ def _join_truths(model: Any, config: Config) -> None:
     model.rpn.register_forward_hook(joined)
 
 
-def _first_batch(run: Run) -> Batch:
-    """The first of the batches, read by this process."""
-    fields = run.config.data.model_copy(update={"workers": 0})
-    return next(replace(run, config=run.config.model_copy(update={"data": fields})).batches())
-
-
-def _stepping(run: Run, phase: int, batch: Batch) -> Callable[[], None]:
-    """One step of that phase; always the same, so that each time the same RoIs are sampled."""
-
-    def step() -> None:
-        run.step = 0 if phase == 1 else run.schedule.phase1_steps
-        run.take_step(run.model, *batch)
-        _await(run.world.device)
-
-    return step
-
-
 def _await(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _step_times(run: Run, contenders: Sequence[str], batch: Batch, steps: int, warm_up: int) -> dict[str, float]:
+def _step_times(own: Contender, contenders: Sequence[str], batch: Batch, steps: int, warm_up: int) -> dict[str, float]:
     """Medians in milliseconds, of the contenders' steps and of the mask targets that a step makes."""
-    calls = {name: _stepping(_peer_of(run) if name == PEER else run, PHASES.get(name, 2), batch) for name in contenders}
-    calls[TARGETS] = _targets(run, batch[1])
+    models = {name: _peer_of(own) if name == PEER else own for name in contenders}
+    calls: dict[str, Callable[[], None]] = {
+        name: functools.partial(model.step, PHASES.get(name, 2), batch) for name, model in models.items()
+    }
+    calls[TARGETS] = _targets(own, batch[1])
     return {name: statistics.median(times) for name, times in take_turns(calls, steps, warm_up).items()}
 
 
-def _targets(run: Run, targets: list[dict[str, Any]]) -> Callable[[], None]:
+def _targets(own: Contender, targets: list[dict[str, Any]]) -> Callable[[], None]:
     """The targets at four grids of a full share of positives."""
-    device, count = run.world.device, run.config.model.mask_rois_per_image
+    device, count = own.device, own.config.model.mask_rois_per_image
     near = [near_truths(target["boxes"].to(device), count) for target in targets]
     masks = [target["masks"].to(device) for target in targets]
     rois = batch_rois([boxes for boxes, _ in near])
@@ -289,47 +313,44 @@ def _targets(run: Run, targets: list[dict[str, Any]]) -> Callable[[], None]:
     return rasterise
 
 
-def _loader_wait(run: Run, steps: int, warm_up: int) -> float:
+def _loader_wait(own: Contender, steps: int, warm_up: int) -> float:
     """The share of the time of a run of phase 2 that is waiting for its batches."""
-    run.step = run.schedule.phase1_steps
     waits, busy = [], []
-    batches = run.batches()
+    batches = own.batches(2, own.config.data.workers)
     for _ in range(warm_up + steps):
         start = time.perf_counter()
         batch = next(batches)
         read = time.perf_counter()
-        run.take_step(run.model, *batch)
-        _await(run.world.device)
+        own.step(2, batch)
         waits.append(read - start)
         busy.append(time.perf_counter() - read)
     waiting = sum(waits[warm_up:])
     return waiting / (waiting + sum(busy[warm_up:]))
 
 
-def _apart(contender: str, config: Config, device: str, folder: Path) -> float | None:
+def _apart(contender: str, config: Config, device: str) -> float | None:
     """`_peak_memory` in a new process, so that no other contender's memory hides its own."""
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_peak_memory, contender, config, device, folder).result()
+            return pool.submit(_peak_memory, contender, config, device).result()
     except BrokenProcessPool as error:
         raise DynaMaskError(
             f"The process of {contender} died, most likely for want of memory; give a smaller --size, --batch or --rois."
         ) from error
 
 
-def _peak_memory(contender: str, config: Config, device: str, folder: Path) -> float | None:
+def _peak_memory(contender: str, config: Config, device: str) -> float | None:
     """What a few steps of the contender take at most, with weights and momentum, in MB (1e6 bytes)."""
     where = torch.device(device)
     before = _peak_resident()
-    run = _prepared(config, where, folder)
-    batch = _first_batch(run)
+    subject = _dynamask(config, where)
+    batch = next(subject.batches(1, workers=0))
     if contender == PEER:
-        run = _peer_of(run)
+        subject = _peer_of(subject)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
-    step = _stepping(run, PHASES.get(contender, 2), batch)
     for _ in range(MEMORY_STEPS):
-        step()
+        subject.step(PHASES.get(contender, 2), batch)
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where) / 1e6
     after = _peak_resident()

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,11 +18,7 @@ from dynamask.train.checkpoint import load_state
 from dynamask.train.trainer import train
 from runtime.errors import InputError
 from tests.train.gradients import gradients
-from tests.train.test_trainer import FIELDS, tiny
-
-ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from tests.train.runs import ENVIRONMENT, FIELDS, ROOT, TORCHRUN, tiny
 
 
 def test_two_processes_have_the_gradients_of_one_with_the_whole_batch(tmp_path: Path) -> None:
@@ -80,5 +75,5 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: p
     from contextlib import nullcontext
 
     monkeypatch.setattr("dynamask.train.trainer.joined", lambda: nullcontext(World(size=4)))
-    with pytest.raises(InputError, match=r"train\.batch is 2, which 4 processes cannot share alike"):
+    with pytest.raises(InputError, match=r"train\.batch is 2, which 4 processes cannot share equally"):
         train(tiny(), tmp_path / "run", quiet=True)

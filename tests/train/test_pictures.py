@@ -18,7 +18,7 @@ from dynamask.train import pictures, trainer
 from runtime.annotate import GRID_COLORS
 from runtime.graph import GRIDS
 from runtime.instances import ClassName, Instances
-from tests.train.test_trainer import losses, tiny, unjudged  # noqa: F401  (a fixture)
+from tests.train.runs import losses, tiny
 
 LINE = {"epoch": 0.5, "loss": 1.0, "losses": {"loss_mask": 1.0}, "rate": 0.1, "statistics": {"share_14": 0.5}}
 
@@ -96,7 +96,7 @@ def test_curves_are_drawn_from_the_first_line_on() -> None:
     assert 3 * pixels(first, 14) < pixels(later, 14)
 
 
-@pytest.mark.usefixtures("unjudged")
+@pytest.mark.usefixtures("fixed_figures")
 def test_a_run_leaves_pictures_and_is_not_changed_by_them(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
         "train__evaluate_every_epochs": 1,

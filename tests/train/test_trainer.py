@@ -3,95 +3,24 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynamask.config import Config, load_config
-from dynamask.train import trainer
+from dynamask.config import load_config
+from dynamask.train import learner, trainer, validator
 from dynamask.train.checkpoint import load_checkpoint, load_model, load_state
 from dynamask.train.log import RunLog
 from runtime.errors import DynaMaskError, InputError
-from tests.tiny import TINY
-
-FIELDS = {
-    **TINY,
-    "data.shapes_train": 6,
-    "data.shapes_val": 1,
-    "data.workers": 0,
-    "train.batch": 2,
-    "train.learning_rate": 0.05,
-    "train.phase1_epochs": 1,
-    "train.phase2_epochs": 1,
-    "train.warmup_steps": 2,
-    "train.pictures": 0,
-}
+from tests.train.runs import StandIn, lines, losses, stop_after, tiny
 
 
-def tiny(**overrides: Any) -> Config:
-    return load_config("lite0-shapes", FIELDS | {name.replace("__", "."): value for name, value in overrides.items()})
-
-
-class StandIn(nn.Module):
-    """As small as a model can be that draws random numbers, has a switch and tells its phase."""
-
-    def __init__(self, config: Config, classes: list[dict[str, Any]]) -> None:
-        super().__init__()
-        self.body, self.msm, self.norm = nn.Conv2d(3, 2, 3), nn.Linear(2, 4), nn.BatchNorm2d(2)
-        self.mask_branch = SimpleNamespace(msm=self.msm)
-        self.phase, self.statistics = 2, {"share_14": 0.5}
-
-    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        assert {"boxes", "labels", "masks"} <= set(targets[0])
-        features = self.norm(self.body(images)).mean(dim=(2, 3)) + torch.randn(len(images), 2)
-        losses = {"loss_mask": features.square().mean()}
-        if self.phase == 2:
-            losses["loss_budget"] = self.msm(features).square().mean()
-        return losses
-
-
-@pytest.fixture
-def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the evaluation, which has a test of its own."""
-    figures = {"segm": {"AP": 1.0, "AP_L": None}, "bbox": {"AP": 2.0}, "share": {"14": 1.0}, "images": 1, "detections": 1}
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: dict(figures))
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch, unjudged: None) -> None:
-    """Replace the model too."""
-    monkeypatch.setattr(trainer, "build_model", StandIn)
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGINT) -> None:
-    """Send this process and its children, as one group, a signal while that step is being logged."""
-    write = RunLog.step
-
-    def log_and_signal(self: RunLog, record: dict[str, Any]) -> None:
-        write(self, record)
-        if record["step"] == step:
-            for process in [*(child.pid for child in multiprocessing.active_children()), os.getpid()]:
-                os.kill(process or 0, number)
-
-    monkeypatch.setattr(RunLog, "step", log_and_signal)
-
-
-def lines(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-
-
-def losses(output: Path) -> list[dict[str, float]]:
-    return [line["losses"] for line in lines(output)]
-
-
-@pytest.mark.usefixtures("unjudged")
+@pytest.mark.usefixtures("fixed_figures")
 def test_a_resumed_run_of_the_model_repeats_the_straight_one_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = trainer.train(tiny(), tmp_path / "straight", quiet=True)
     with monkeypatch.context() as patch:
@@ -201,7 +130,7 @@ def test_the_optimiser_spares_norms_and_biases_and_gives_the_switch_its_own_rate
     config = tiny(train__msm_rate_factor=3.0)
     model = StandIn(config, [])
     model.norm.weight.requires_grad_(False)
-    groups = trainer._parameter_groups(model, config)  # type: ignore[arg-type]
+    groups = learner.parameter_groups(model, config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     table = {names[id(p)]: (group["weight_decay"], group["rate_factor"]) for group in groups for p in group["params"]}
     decay = config.train.weight_decay
@@ -219,19 +148,7 @@ def test_coco_needs_its_files(tmp_path: Path) -> None:
         trainer.train(tiny(data__kind="coco"), tmp_path / "none", quiet=True)
 
 
-@pytest.fixture
-def informative(monkeypatch: pytest.MonkeyPatch) -> None:
-    """IoUs that grow with the grid: those of an untrained model are 0 at every grid."""
-    collect = trainer.collect_samples
-
-    def samples(*arguments: Any) -> Any:
-        found = collect(*arguments)
-        return found and found._replace(ious=torch.linspace(0.5, 0.9, 4).expand(len(found.ious), 4))
-
-    monkeypatch.setattr(trainer, "collect_samples", samples)
-
-
-def test_the_msm_is_calibrated_once_after_the_last_step(tmp_path: Path, unjudged: None, informative: None) -> None:
+def test_the_msm_is_calibrated_once_after_the_last_step(tmp_path: Path, fixed_figures: None, informative: None) -> None:
     config = tiny(train__calibration_detections=8, model__score_threshold=0.0)
     result = trainer.train(config, tmp_path, quiet=True)
     figures = result["calibration"]
@@ -251,7 +168,7 @@ def test_the_best_checkpoint_is_the_best_of_the_calibrated_models(
 ) -> None:
     falling = iter(range(90, 0, -1))
     figures = {"bbox": {"AP": 2.0}, "share": {"14": 1.0}, "images": 1, "detections": 1}
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: {**figures, "segm": {"AP": float(next(falling)), "AP_L": None}})
+    monkeypatch.setattr(validator, "evaluate", lambda *_, **__: {**figures, "segm": {"AP": float(next(falling)), "AP_L": None}})
     config = tiny(train__calibration_detections=8, model__score_threshold=0.0, train__evaluate_every_epochs=0.5)
     result = trainer.train(config, tmp_path, quiet=True)
     assert len(result["ap_by_epoch"]) > 1 and [entry["calibrated"] for entry in result["ap_by_epoch"][-2:]] == [False, True]
@@ -259,7 +176,7 @@ def test_the_best_checkpoint_is_the_best_of_the_calibrated_models(
     assert all(torch.equal(best[name], latest[name]) for name in latest)
 
 
-def test_a_run_may_have_no_step_and_only_calibrate(tmp_path: Path, unjudged: None) -> None:
+def test_a_run_may_have_no_step_and_only_calibrate(tmp_path: Path, fixed_figures: None) -> None:
     alone = {"train__phase1_epochs": 0, "train__phase2_epochs": 0, "train__rate_drop_epochs": []}
     result = trainer.train(tiny(**alone, train__calibration_detections=8, model__score_threshold=0.0), tmp_path / "alone", quiet=True)
     assert result["steps"] == 0 and not result["interrupted"]
@@ -270,7 +187,7 @@ def test_a_run_may_have_no_step_and_only_calibrate(tmp_path: Path, unjudged: Non
 
 
 def test_an_interrupted_calibration_is_done_by_the_resumed_run(
-    tmp_path: Path, unjudged: None, informative: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fixed_figures: None, informative: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(train__calibration_detections=8, model__score_threshold=0.0)
     trainer.train(config, tmp_path / "whole", quiet=True)
@@ -283,7 +200,7 @@ def test_an_interrupted_calibration_is_done_by_the_resumed_run(
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
-def test_a_mask_branch_can_begin_afresh_on_a_trained_detector_which_stays_as_it_is(tmp_path: Path, unjudged: None) -> None:
+def test_a_mask_branch_can_begin_afresh_on_a_trained_detector_which_stays_as_it_is(tmp_path: Path, fixed_figures: None) -> None:
     trainer.train(tiny(), tmp_path / "source", quiet=True)
     source = tmp_path / "source" / "model.safetensors"
     kept = {"weights": str(source), "weights_part": "detector", "train__frozen_detector": True, "train__seed": 5}
@@ -293,7 +210,7 @@ def test_a_mask_branch_can_begin_afresh_on_a_trained_detector_which_stays_as_it_
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("mask_branch."))
 
 
-def test_a_detector_that_is_not_whole_is_not_kept(tmp_path: Path, unjudged: None) -> None:
+def test_a_detector_that_is_not_whole_is_not_kept(tmp_path: Path, fixed_figures: None) -> None:
     trainer.train(tiny(), tmp_path / "source", quiet=True)
     source, kept = tmp_path / "source" / "model.safetensors", {"train__frozen_detector": True}
     with pytest.raises(InputError, match="that fits this model, whose detector is to be kept"):

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from dynamask.config import Config
 from dynamask.data.canvas import CanvasDataset
-from dynamask.data.shapes import ShapesDataset, write_dataset
-from dynamask.train import trainer
+from dynamask.data.shapes import ShapesDataset
+from dynamask.train import learner, trainer
 from dynamask.train.checkpoint import load_checkpoint
+from dynamask.train.progress import DIVERGED, DivergenceGuard
 from dynamask.train.schedule import Schedule, StepSampler
 from runtime.errors import DynaMaskError, InputError
-from tests.train.test_distributed import ENVIRONMENT, TORCHRUN
-from tests.train.test_trainer import StandIn, lines, losses, stand_in, stop_after, tiny, unjudged  # noqa: F401  (fixtures)
+from tests.train.runs import ENVIRONMENT, TORCHRUN, StandIn, losses, stop_after, tiny
 
 
 def altered(monkeypatch: pytest.MonkeyPatch, steps: range, change: Any) -> None:
@@ -97,8 +97,8 @@ def test_a_batch_that_cannot_be_saved_does_not_hide_the_loss(tmp_path: Path, mon
 
 @pytest.mark.usefixtures("stand_in")
 def test_with_mixed_precision_a_gradient_may_overflow_but_not_at_every_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scaler = trainer.GradScaler
-    monkeypatch.setattr(trainer, "GradScaler", lambda device, enabled: scaler(device, init_scale=4.0, enabled=True))
+    scaler = learner.GradScaler
+    monkeypatch.setattr(learner, "GradScaler", lambda device, enabled: scaler(device, init_scale=4.0, enabled=True))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     with monkeypatch.context() as patch:
         altered(patch, range(2, 4), lambda loss: loss + (loss * 0).sqrt())
@@ -108,41 +108,33 @@ def test_with_mixed_precision_a_gradient_may_overflow_but_not_at_every_scale(tmp
         trainer.train(tiny(), tmp_path / "always", quiet=True)
 
 
-@given(st.lists(st.floats(-5, trainer.DIVERGED), min_size=1, max_size=300), st.integers(1, 3))
+@given(st.lists(st.floats(-5, DIVERGED), min_size=1, max_size=300), st.integers(1, 3))
 def test_a_loss_within_the_bound_never_diverges(values: list[float], phase: int) -> None:
-    watch = trainer._LossWatch()
-    assert not any(watch.diverges(phase, loss) for loss in values)
+    guard = DivergenceGuard()
+    assert not any(guard.diverges(phase, loss) for loss in values)
 
 
 @given(st.floats(0.1, 100), st.floats(1.05, 3.0))
 def test_a_loss_that_grows_without_end_diverges(first: float, growth: float) -> None:
-    watch = trainer._LossWatch()
+    guard = DivergenceGuard()
     grown = (first * growth**step for step in range(400))
-    assert any(watch.diverges(2, loss) for loss in grown if loss < 1e30)
+    assert any(guard.diverges(2, loss) for loss in grown if loss < 1e30)
 
 
 def test_a_new_phase_begins_with_its_own_losses() -> None:
-    watch = trainer._LossWatch()
-    assert not watch.diverges(1, 0.1)
-    assert not watch.diverges(2, 500.0)
-    assert not watch.diverges(2, 400.0)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty images in COCO format."""
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_dataset(folder, 30, seed=1, height=64, width=64)
-    return folder
+    guard = DivergenceGuard()
+    assert not guard.diverges(1, 0.1)
+    assert not guard.diverges(2, 500.0)
+    assert not guard.diverges(2, 400.0)
 
 
 def broken(images: Path, folder: Path, count: int) -> dict[str, Any]:
-    """A copy of the images in which `count` are empty, truncated or of another size, as fields of a configuration."""
+    """A copy of the images in which `count` are missing, truncated or of another size, as fields of a configuration."""
     shutil.copytree(images, folder)
     for index in range(count):
         path = folder / "images" / f"{4 + 7 * index:06d}.jpg"
         if index % 3 == 0:
-            path.write_bytes(b"")
+            path.unlink()
         elif index % 3 == 1:
             path.write_bytes(path.read_bytes()[:300])
         else:
@@ -184,11 +176,8 @@ def test_broken_images_are_skipped_and_resuming_is_exact(tmp_path: Path, monkeyp
 def test_too_many_broken_images_end_the_run(tmp_path: Path, images: Path, count: int) -> None:
     fields = broken(images, tmp_path / "data", 4)
     if count == 30:
-        for path in (tmp_path / "data" / "images").iterdir():
-            path.write_bytes(b"")
-    with pytest.raises(
-        InputError, match=r"^\d+ of the 30 images to learn from are broken, more than 10% \(.*jpg.*\): repair .*skipped\.jsonl"
-    ):
+        shutil.rmtree(tmp_path / "data" / "images")
+    with pytest.raises(InputError, match=r"^\d+ of the 30 training images are broken, more than 10% \(.*jpg.*\): repair .*skipped\.jsonl"):
         trainer.train(tiny(**fields), tmp_path / "run", quiet=True)
     assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) >= 4
 
@@ -210,9 +199,8 @@ from pathlib import Path
 from unittest import mock
 import torch
 torch.set_num_threads(1)
-from dynamask.train import trainer
-from tests.train.test_distributed import ENVIRONMENT, TORCHRUN
-from tests.train.test_trainer import StandIn, tiny
+from dynamask.train import learner, trainer
+from tests.train.runs import StandIn, tiny
 forward, calls = StandIn.forward, 0
 def poisoned(self, images, targets):
     global calls
@@ -220,7 +208,7 @@ def poisoned(self, images, targets):
     values = forward(self, images, targets)
     return {name: value * (float("nan") if calls == 17 and os.environ["RANK"] == "1" else 1) for name, value in values.items()}
 FIELDS = json.loads(sys.argv[2])
-with mock.patch.object(trainer, "build_model", StandIn), mock.patch.object(StandIn, "forward", poisoned):
+with mock.patch.object(learner, "build_model", StandIn), mock.patch.object(StandIn, "forward", poisoned):
     try:
         trainer.train(tiny(**FIELDS), Path(sys.argv[1]), quiet=True)
     except trainer.DynaMaskError as error:
