@@ -71,7 +71,6 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
             *model.canvas,
             model.mean,
             model.std,
-            train=True,
             seed=config.train.seed,
             scale_jitter=data.scale_jitter,
             flip=data.flip,

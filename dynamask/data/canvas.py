@@ -1,14 +1,16 @@
-"""From a data set's items to the canvas the model sees: letterboxed, normalised, in batches."""
+"""Puts the items of data sets on the canvas, the input of the model: letterboxed, normalised, in batches."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from dynamask.data.boxes import mask_box
+from runtime.preprocess import letterbox_scale, place_normalised, resize, scaled_size
 
 Array = npt.NDArray[Any]
 
@@ -55,21 +57,21 @@ def to_canvas(
         Instances of which less than two pixels remain either way are left out.
     """
     masks = target["masks"]
-    scale = min(height / image.shape[0], width / image.shape[1])
+    scale, _, _ = letterbox_scale(image.shape[0], image.shape[1], height, width)
     if rng is not None:
         scale *= float(rng.uniform(*scale_jitter))
         if flip and rng.random() < 0.5:
             image, masks = image[:, ::-1], masks[:, :, ::-1]
-    size = tuple(max(1, round(edge * scale)) for edge in image.shape[:2])
+    size = scaled_size(image.shape[0], image.shape[1], scale)
     window = _window(size, (height, width), rng)
-    placed = np.zeros((height, width, 3), np.float32)
-    part = _resize(image, size, scale)[window]
-    placed[: part.shape[0], : part.shape[1]] = (part.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    placed = np.empty((3, height, width), np.float32)
+    part = resize(np.ascontiguousarray(image), *size, scale)[window]
+    place_normalised(part, mean, std, placed)
     kept, boxes, canvases = [], [], []
     for i, mask in enumerate(masks):
         canvas = np.zeros((height, width), np.uint8)
         # A pixel belongs to the mask if at least half of its area does.
-        canvas[: part.shape[0], : part.shape[1]] = _resize(mask * np.uint8(255), size, scale)[window] >= 128
+        canvas[: part.shape[0], : part.shape[1]] = resize(mask * np.uint8(255), *size, scale)[window] >= 128
         box = tight_box(canvas)
         if box is not None:
             kept.append(i)
@@ -82,7 +84,7 @@ def to_canvas(
         "image_id": int(target["image_id"]),
         "scale": float(scale),
     }
-    return torch.from_numpy(np.ascontiguousarray(placed.transpose(2, 0, 1))), placed_target
+    return torch.from_numpy(placed), placed_target
 
 
 def _window(size: tuple[int, ...], canvas: tuple[int, int], rng: np.random.Generator | None) -> tuple[slice, slice]:
@@ -92,35 +94,28 @@ def _window(size: tuple[int, ...], canvas: tuple[int, int], rng: np.random.Gener
     return rows, columns
 
 
-def _resize(pixels: Array, size: tuple[int, ...], scale: float) -> Array:
-    if pixels.shape[:2] == size:
-        return pixels
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(np.ascontiguousarray(pixels), (size[1], size[0]), interpolation=interpolation))
-
-
 def tight_box(mask: Array) -> tuple[int, int, int, int] | None:
-    """The extent of a mask `[H, W]`, xyxy in pixels, or None if it is too small to learn from."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    if columns.size == 0:
+    """The box about a mask `[H, W]`, xyxy in pixels, or None if it is too small to learn from."""
+    box = mask_box(mask)
+    if box is None or min(box[2:] - box[:2]) < _SMALLEST_SIDE:
         return None
-    x0, y0, x1, y1 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-    return None if min(x1 - x0, y1 - y0) < _SMALLEST_SIDE else (x0, y0, x1, y1)
+    x0, y0, x1, y1 = box.astype(int).tolist()
+    return x0, y0, x1, y1
 
 
-class CanvasDataset(torch.utils.data.Dataset[tuple[Tensor, dict[str, Any]]]):
-    """A data set's items on the canvas. What is random in training depends on `(seed, epoch, item)` alone, so that a resumed run goes on
-    exactly as the one that was interrupted.
+class CanvasDataset:
+    """The items of a data set to train on, on the canvas: those with instances, their scale jittered, mirrored at random.
+
+    The random numbers depend on `(seed, epoch, item)` alone, so a resumed run gets the same items as an uninterrupted one.
 
     Args:
-        dataset: `CocoDataset` or `ShapesDataset`.
+        dataset: `CocoDataset`, `ShapesDataset` or another data set with their items.
         height, width, mean, std: as for `to_canvas`.
-        train: leave out images without instances, jitter the scale, and flip; otherwise every image is kept as it is.
         seed: of the jitter and the flips.
-        scale_jitter, flip: as for `to_canvas`; used in training only.
+        scale_jitter, flip: as for `to_canvas`.
 
     Attributes:
-        indices: the data set's items this one serves, in order.
+        indices: the data set's items with instances, in order.
     """
 
     def __init__(
@@ -130,40 +125,31 @@ class CanvasDataset(torch.utils.data.Dataset[tuple[Tensor, dict[str, Any]]]):
         width: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
-        train: bool,
         seed: int = 0,
         scale_jitter: tuple[float, float] = (1.0, 1.0),
         flip: bool = False,
     ) -> None:
-        self.dataset, self.train, self.seed = dataset, train, seed
+        self.dataset, self.seed = dataset, seed
         self.height, self.width, self.mean, self.std = height, width, mean, std
         self.scale_jitter, self.flip = scale_jitter, flip
-        self.indices = list(dataset.indices_with_instances) if train else list(range(len(dataset)))
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's random numbers; call it before the loader starts its workers."""
-        self.epoch = epoch
+        self.indices = list(dataset.indices_with_instances)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        return self.placed(index, self.epoch)
-
     def placed(self, index: int, epoch: int, turned: bool = False) -> tuple[Tensor, dict[str, Any]]:
-        """An item as it is in that epoch; `turned` places it on the transposed canvas.
+        """Item `index` in an epoch, as `to_canvas` gives it; `turned` places it on the transposed canvas.
 
         Raises:
             InputError: the image cannot be read.
         """
         item = self.indices[index]
         image, target = self.dataset[item]
-        rng = np.random.default_rng([self.seed, epoch, item]) if self.train else None
+        rng = np.random.default_rng([self.seed, epoch, item])
         return to_canvas(image, target, *self._canvas(turned), self.mean, self.std, rng, self.scale_jitter, self.flip)
 
     def blank(self, turned: bool = False) -> tuple[Tensor, dict[str, Any]]:
-        """An empty canvas and a target without instances, where there is no image to be had."""
+        """An empty canvas and a target without instances, in place of an image that cannot be read."""
         height, width = self._canvas(turned)
         nothing = {"image_id": -1, "labels": [], "masks": np.zeros((0, height, width), np.uint8)}
         return to_canvas(np.zeros((height, width, 3), np.uint8), nothing, height, width, self.mean, self.std)

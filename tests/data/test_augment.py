@@ -88,10 +88,10 @@ def test_items_depend_on_seed_epoch_and_index_alone_with_everything_on() -> None
 
 def test_pasting_changes_some_items_and_none_where_it_is_off() -> None:
     dataset = ShapesDataset(8, 3, 64, 96)
-    plain = CanvasDataset(dataset, 64, 96, (0.5,) * 3, (0.5,) * 3, train=True, scale_jitter=(0.8, 1.0), flip=True)  # type: ignore[arg-type]
+    plain = CanvasDataset(dataset, 64, 96, (0.5,) * 3, (0.5,) * 3, scale_jitter=(0.8, 1.0), flip=True)  # type: ignore[arg-type]
     off, on = (TrainingItems(dataset, configured(data__copy_paste=share)) for share in (0, 0.5))
-    assert all(torch.equal(off[index, 0][0], plain[index][0]) for index in range(8))
-    pasted = [not torch.equal(on[index, 0][0], plain[index][0]) for index in range(8)]
+    assert all(torch.equal(off[index, 0][0], plain.placed(index, 0)[0]) for index in range(8))
+    pasted = [not torch.equal(on[index, 0][0], plain.placed(index, 0)[0]) for index in range(8)]
     assert 0 < sum(pasted) < 8
 
 

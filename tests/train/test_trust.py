@@ -53,7 +53,7 @@ def expected_batch(config: Config, step: int) -> list[tuple[Tensor, dict[str, An
     """The items of a step, counted from 0, of a run on shapes."""
     model, data = config.model, config.data
     shapes = ShapesDataset(data.shapes_train, data.shapes_seed, *model.canvas)
-    items = CanvasDataset(shapes, *model.canvas, model.mean, model.std, True, config.train.seed, data.scale_jitter, data.flip)
+    items = CanvasDataset(shapes, *model.canvas, model.mean, model.std, config.train.seed, data.scale_jitter, data.flip)
     keys = list(StepSampler(Schedule(config.train, len(shapes)), 0))[step]
     return [items.placed(index, epoch) for index, epoch in keys]
 
