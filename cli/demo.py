@@ -70,10 +70,11 @@ def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
     from export.export import export_bundle
     from export.onnxruntime_engine import build_onnxruntime
     from runtime.bundle import Bundle
+    from runtime.coco import read_coco
     from runtime.files import write_json
     from runtime.predictor import load
     from runtime.report import example_pictures, write_report
-    from runtime.validate import POLICIES, read_coco, validate
+    from runtime.validate import POLICIES, validate
 
     checkpoint = carried_checkpoint()
     clear(output)

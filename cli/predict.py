@@ -36,7 +36,8 @@ def predict(
     """Find the instances in images: boxes, classes, masks and the grid of each mask.
 
     A folder stands for the images in it. An image that cannot be read is named, and the others still run. A budget (routed@...) is kept
-    within each image. The file of --json has the masks as COCO run-length encodings.
+    for each image by itself; an engine built with --batch keeps it for each batch. The file of --json has the masks as COCO run-length
+    encodings.
 
     Example: dynamask predict lite0.bundle photos --output annotated --json detections.json
     """

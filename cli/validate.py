@@ -54,13 +54,16 @@ def validate(
     from rich.progress import Progress
 
     from runtime import report as reports
+    from runtime.coco import read_coco
     from runtime.files import check_apart, write_json
     from runtime.predictor import load
-    from runtime.validate import POLICIES, read_coco
+    from runtime.validate import POLICIES
     from runtime.validate import validate as run_validation
 
     check_apart([path for path in (json, report) if path is not None], [data])
     dataset = read_coco(data, images)
+    for line in dataset.summary():
+        typer.echo(line, err=True)
     policies = POLICIES if grid is None else [name.strip() for name in grid.split(",") if name.strip()]
     with load(bundle, target, threads=threads) as predictor:
         with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dynamask.model import DynaMask, build_model
     from runtime.annotate import annotate
     from runtime.bundle import Bundle
+    from runtime.coco import read_coco
     from runtime.errors import DynaMaskError, InputError
     from runtime.images import read_image
     from runtime.instances import Instances
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from runtime.sources import open_source
     from runtime.stream import StreamReport
     from runtime.stream import run_stream as stream
-    from runtime.validate import read_coco, validate
+    from runtime.validate import validate
 
 __version__ = "0.1.0"
 
@@ -49,7 +50,7 @@ _HOMES = {
     "load": ("runtime.predictor", "load"),
     "load_config": ("dynamask.config", "load_config"),
     "open_source": ("runtime.sources", "open_source"),
-    "read_coco": ("runtime.validate", "read_coco"),
+    "read_coco": ("runtime.coco", "read_coco"),
     "read_image": ("runtime.images", "read_image"),
     "stream": ("runtime.stream", "run_stream"),
     "validate": ("runtime.validate", "validate"),

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from runtime.coco_masks import MaskError, checked_area, checked_box, crowd_flag, encode_mask
+
 Metrics = dict[str, "float | None"]
 
 _NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
@@ -30,7 +32,9 @@ def evaluate_coco(
     by its rules (Gupta et al., LVIS, 2019, section 2): detections of classes that the image neither is annotated with nor lists as absent
     do not count, unmatched ones of its `not_exhaustive_category_ids` are no errors, and an image may have 300 detections.
 
-    Neither argument is changed and nothing is printed. Annotations with no area at all (an empty polygon) are left out.
+    Neither argument is changed and nothing is printed. For masks, annotations whose
+    mask cannot be used (`runtime.coco_masks.encode_mask`) are left out, and a box that is missing or wrong is taken from the mask. Ids
+    must be whole numbers, as `runtime.coco.read_coco` gives them.
 
     Args:
         ground_truth: a COCO data set (`images`, `annotations`, `categories`); segmentations are polygons or RLE.
@@ -72,30 +76,6 @@ def _score(detection: Mapping[str, Any]) -> float:
     return float(detection["score"])
 
 
-def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
-    """A COCO segmentation (polygons, plain or compressed RLE) as compressed RLE; None if it is empty.
-
-    The RLE is `{"size": [height, width], "counts": str}`.
-    """
-    from pycocotools import mask as mask_api
-
-    if isinstance(segmentation, list):
-        polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-        if not polygons:
-            return None
-        rle = mask_api.merge(mask_api.frPyObjects(polygons, height, width))
-    elif isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
-        rle = mask_api.frPyObjects(segmentation, height, width)
-    elif isinstance(segmentation, dict) and segmentation.get("counts"):
-        rle = segmentation
-    else:
-        return None
-    if not mask_api.area(rle):
-        return None
-    counts = rle["counts"]
-    return {"size": [height, width], "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
-
-
 def _annotations(
     ground_truth: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], chosen: set[int], rasterise: bool
 ) -> list[dict[str, Any]]:
@@ -104,27 +84,19 @@ def _annotations(
         if annotation["image_id"] not in chosen:
             continue
         # Both engines take identifier 0 for "unmatched", so annotations are numbered afresh from 1.
-        copy = {**annotation, "id": len(kept) + 1, "iscrowd": int(annotation.get("iscrowd", 0))}
+        copy = {**annotation, "id": len(kept) + 1, "iscrowd": int(crowd_flag(annotation.get("iscrowd")))}
         if rasterise:
             image = images[annotation["image_id"]]
-            rle = to_rle(annotation.get("segmentation"), image["height"], image["width"])
-            if rle is None:
+            try:
+                rle = encode_mask(annotation.get("segmentation"), image["height"], image["width"])
+            except MaskError:
                 continue
             copy["segmentation"] = rle
-        _complete(copy)
+            copy["bbox"], copy["area"] = list(checked_box(annotation.get("bbox"), rle)[0]), checked_area(annotation.get("area"), rle)
+        else:
+            copy.setdefault("area", math.prod(copy["bbox"][2:]))
         kept.append(copy)
     return kept
-
-
-def _complete(annotation: dict[str, Any]) -> None:
-    """Fill in the area and box that the format allows to be missing."""
-    from pycocotools import mask as mask_api
-
-    segmentation = annotation.get("segmentation")
-    if "bbox" not in annotation:
-        annotation["bbox"] = [float(x) for x in mask_api.toBbox(segmentation)]
-    if "area" not in annotation:
-        annotation["area"] = float(mask_api.area(segmentation) if isinstance(segmentation, dict) else math.prod(annotation["bbox"][2:]))
 
 
 def _average_precision(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], kind: str, lvis: bool = False) -> Metrics:

@@ -20,8 +20,8 @@ from runtime.files import atomic_path
 from runtime.statistics import LATENCIES, QUANTILES
 
 if TYPE_CHECKING:
+    from runtime.coco import CocoData
     from runtime.predictor import Predictor
-    from runtime.validate import CocoFiles
 
 Picture = tuple[str, "NDArray[Any]"]
 """A caption and an image `[H, W, 3] uint8` RGB."""
@@ -44,18 +44,17 @@ def write_report(result: Mapping[str, Any], path: str | os.PathLike[str], pictur
         temporary.write_text(page, encoding="utf-8")
 
 
-def example_pictures(predictor: Predictor, dataset: CocoFiles, count: int) -> list[Picture]:
+def example_pictures(predictor: Predictor, dataset: CocoData, count: int) -> list[Picture]:
     """The first readable images of a data set, at most `count`, annotated with the instances that the predictor finds."""
     from runtime.annotate import annotate
-    from runtime.images import read_image
 
     pictures: list[Picture] = []
-    for record in dataset.truth["images"]:
+    for record in dataset.images:
         if len(pictures) == count:
             break
         with contextlib.suppress(InputError):
-            image = read_image(dataset.images / record["file_name"])
-            pictures.append((str(record["file_name"]), annotate(image, predictor(image))))
+            image = dataset.read_image(record)
+            pictures.append((record.file_name, annotate(image, predictor(image))))
     return pictures
 
 

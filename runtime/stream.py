@@ -142,7 +142,7 @@ def _overlap(
         interrupted = True
     finally:
         decoded.cancel()
-        # What the engine finished is still written.
+        # The frames that the engine finished are still written.
         pasted.end()
         _join(threads)
     if errors:
@@ -189,7 +189,7 @@ def _start(name: str, errors: list[BaseException], channel: _Channel[T], work: C
 
 
 def _join(threads: Sequence[threading.Thread]) -> None:
-    """Wait for what is in flight, a few frames; a second Ctrl-C does not tear a sink apart in the middle of a write."""
+    """Wait until the frames in the queues are done; a second Ctrl-C does not interrupt a sink in the middle of a write."""
     for thread in threads:
         while thread.is_alive():
             with contextlib.suppress(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def _join(threads: Sequence[threading.Thread]) -> None:
 
 
 class _Channel(Generic[T]):
-    """A bounded queue between two threads that either side can end."""
+    """A bounded queue between two threads; either side can end it."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
@@ -205,7 +205,7 @@ class _Channel(Generic[T]):
         self._ended = self._cancelled = False
 
     def put(self, item: T) -> bool:
-        """Wait for room and add the item; False when the reader has gone."""
+        """Wait until there is room and add the item; returns False if the channel is cancelled."""
         with self._changed:
             self._changed.wait_for(lambda: self._cancelled or len(self._items) < QUEUED_FRAMES)
             if self._cancelled:
@@ -215,13 +215,13 @@ class _Channel(Generic[T]):
             return True
 
     def end(self) -> None:
-        """The writer adds no more: the reader ends after what is left."""
+        """Add no more: the reader ends after the last item."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
     def cancel(self) -> None:
-        """Both sides end at once; what is left is thrown away."""
+        """End both sides at once; the remaining items are discarded."""
         with self._changed:
             self._cancelled = True
             self._items.clear()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.budget import BudgetKeeper
-from runtime.coco_metrics import evaluate_coco, to_rle
+from runtime.coco import CocoData, CocoImage
+from runtime.coco_metrics import evaluate_coco
 from runtime.errors import InputError
 from runtime.graph import MSM
-from runtime.images import read_image
 from runtime.machine import machine
 from runtime.policies import Policy, parse_policy
 from runtime.statistics import RunStatistics, grid_statistics, timed_prediction
@@ -31,78 +27,9 @@ ROUTING_SCORE = 0.5
 """Detections below this score stay out of the table of cost by class: their class says little about their shape."""
 
 
-@dataclass(frozen=True)
-class CocoFiles:
-    """A COCO data set read for judging: what could not be judged on is left out and counted."""
-
-    name: str
-    images: Path
-    truth: dict[str, Any]
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Annotations left out, by reason."""
-
-
-def read_coco(data: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> CocoFiles:
-    """Read a folder that holds `instances.json` and `images/`, or an annotation file and its folder of images.
-
-    Raises:
-        InputError: a file or folder is missing, the file is not a COCO data set, or it holds no images.
-    """
-    annotations, folder = _locate(Path(data), None if images is None else Path(images))
-    try:
-        raw = json.loads(annotations.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{annotations} could not be read as JSON ({error}); give a COCO annotation file.") from error
-    try:
-        truth, left_out = _judgeable(raw)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise InputError(
-            f"{annotations} is not a COCO data set ({type(error).__name__}: {error}); it needs images, annotations, categories."
-        ) from error
-    if not truth["images"]:
-        raise InputError(f"{annotations} holds no images, so there is nothing to validate on; give a data set with at least one.")
-    return CocoFiles(str(annotations), folder, truth, left_out)
-
-
-def _locate(data: Path, images: Path | None) -> tuple[Path, Path]:
-    annotations = data / "instances.json" if data.is_dir() else data
-    if not annotations.is_file():
-        raise InputError(f"{annotations} does not exist; --data is a folder with instances.json and images/, or a COCO annotation file.")
-    folder = images or annotations.parent / "images"
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name the folder of {annotations.name}'s images with --images.")
-    return annotations, folder
-
-
-def _file_name(image: Mapping[str, Any]) -> str:
-    """LVIS names its images by their COCO address alone."""
-    return str(image["file_name"] if "file_name" in image else "/".join(image["coco_url"].split("/")[-2:]))
-
-
-def _judgeable(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    images = [
-        {**image, "file_name": _file_name(image), **{key: int(image[key]) for key in ("id", "height", "width")}} for image in raw["images"]
-    ]
-    sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    categories = [{**category, "id": int(category["id"])} for category in raw["categories"]]
-    known = {category["id"]: str(category["name"]) for category in categories}
-    kept, left_out = [], dict.fromkeys(("unknown image", "unknown class", "empty mask"), 0)
-    for annotation in raw["annotations"]:
-        if annotation["image_id"] not in sizes:
-            left_out["unknown image"] += 1
-        elif annotation["category_id"] not in known:
-            left_out["unknown class"] += 1
-        elif (rle := to_rle(annotation.get("segmentation"), *sizes[annotation["image_id"]])) is None:
-            left_out["empty mask"] += 1
-        else:
-            kept.append({**annotation, "segmentation": rle})
-    truth = {"images": images, "annotations": kept, "categories": categories}
-    return truth, {reason: count for reason, count in left_out.items() if count}
-
-
 def validate(
     predictor: Predictor,
-    dataset: CocoFiles,
+    dataset: CocoData,
     policies: Sequence[str | Policy] = POLICIES,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -124,8 +51,22 @@ def validate(
         `detector`, `masks`, `paste`, `total`: each `p50 p95 p99 mean`) and, where the model chooses, `routing` (cost by class and size).
 
     Raises:
-        InputError: there is no policy or no such policy, the limit is not positive, the data set's classes are not the bundle's, or none
-            of its images can be used.
+        InputError: no policy is given or one does not exist, the limit is not positive, the data set's classes are not the bundle's, or
+            none of its images can be used.
+
+    Example:
+        >>> import json, dynamask
+        >>> predictor = dynamask.load(bundle)
+        >>> classes = [{"id": entry.id, "name": entry.name} for entry in predictor.bundle.manifest.classes]
+        >>> triangle = {"id": 1, "image_id": 1, "category_id": classes[0]["id"], "bbox": [8, 4, 32, 32], "area": 512, "iscrowd": 0}
+        >>> triangle["segmentation"] = [[8, 4, 40, 4, 40, 36]]  # x, y, x, y, ... in pixels
+        >>> images = [{"id": 1, "file_name": photo.name, "height": image.shape[0], "width": image.shape[1]}]
+        >>> truth = {"images": images, "annotations": [triangle], "categories": classes}
+        >>> length = (folder / "instances.json").write_text(json.dumps(truth))
+        >>> dataset = dynamask.read_coco(folder / "instances.json", images=photo.parent)
+        >>> result = dynamask.validate(predictor, dataset, ["routed", "uniform-28"])
+        >>> result["policies"]["uniform-28"]["share"]["28"]
+        1.0
     """
     manifest = predictor.bundle.manifest
     grid_gmacs = manifest.grid_gmacs
@@ -136,15 +77,16 @@ def validate(
         raise InputError(f"a limit of {limit} images leaves nothing to validate on; give 1 or more.")
     check_classes([(c.id, c.name) for c in manifest.classes], dataset)
     runs = {policy.name: _Run(policy, grid_gmacs) for policy in chosen}
-    judged, skipped = _run_all(predictor, dataset, runs, dataset.truth["images"][:limit], progress)
+    judged, skipped = _run_all(predictor, dataset, runs, dataset.images[:limit], progress)
     if not judged:
-        raise InputError(f"none of the {len(skipped)} images in {dataset.images} can be used; the first: {skipped[0]['reason']}")
+        raise InputError(f"none of the {len(skipped)} images in {dataset.folder} can be used; the first: {skipped[0]['reason']}")
     return {
         "dataset": {
             "name": dataset.name,
             "images": len(judged),
-            "annotations": sum(a["image_id"] in judged for a in dataset.truth["annotations"]),
+            "annotations": sum(entry.image_id in judged for entry in dataset.annotations),
             "annotations_left_out": dataset.left_out,
+            "boxes_repaired": dataset.repaired,
         },
         "skipped": skipped,
         "bundle": _bundle(predictor),
@@ -155,14 +97,14 @@ def validate(
     }
 
 
-def check_classes(classes: Sequence[tuple[int, str]], dataset: CocoFiles) -> None:
+def check_classes(classes: Sequence[tuple[int, str]], dataset: CocoData) -> None:
     """Refuse a data set whose classes are not the bundle's, naming the first that differs.
 
     Raises:
         InputError: an identifier or a name differs, or one of the two has more classes.
     """
     ours = dict(sorted(classes))
-    theirs = {category["id"]: str(category["name"]) for category in sorted(dataset.truth["categories"], key=lambda c: int(c["id"]))}
+    theirs = {category.id: category.name for category in dataset.categories}
     for identifier in sorted(ours.keys() | theirs.keys()):
         if ours.get(identifier) != theirs.get(identifier):
             bundle, data = (repr(classes[identifier]) if identifier in classes else "absent" for classes in (ours, theirs))
@@ -199,9 +141,9 @@ class _Run:
 
 def _run_all(
     predictor: Predictor,
-    dataset: CocoFiles,
+    dataset: CocoData,
     runs: Mapping[str, _Run],
-    images: Sequence[Mapping[str, Any]],
+    images: Sequence[CocoImage],
     progress: Callable[[int, int], None] | None,
 ) -> tuple[set[int], list[dict[str, str]]]:
     judged: set[int] = set()
@@ -209,30 +151,20 @@ def _run_all(
     order = list(runs.values())
     for done, record in enumerate(images):
         try:
-            image = _read(dataset, record)
+            image = dataset.read_image(record)
         except InputError as error:
-            skipped.append({"image": str(record["file_name"]), "reason": str(error)})
+            skipped.append({"image": record.file_name, "reason": str(error)})
         else:
             if not judged:
                 for run in order:
                     run.warm_up(predictor, image)
             for run in order:
-                run.add(predictor, image, int(record["id"]))
-            judged.add(int(record["id"]))
+                run.add(predictor, image, record.id)
+            judged.add(record.id)
             order = order[1:] + order[:1]
         if progress is not None:
             progress(done + 1, len(images))
     return judged, skipped
-
-
-def _read(dataset: CocoFiles, record: Mapping[str, Any]) -> Any:
-    path = dataset.images / str(record["file_name"])
-    image = read_image(path)
-    if image.shape[:2] != (record["height"], record["width"]):
-        height, width = image.shape[:2]
-        expected = f"{record['width']}x{record['height']}"
-        raise InputError(f"{path} is {width}x{height} pixels, not {expected} as its annotations say; correct one of the two.")
-    return image
 
 
 def _bundle(predictor: Predictor) -> dict[str, Any]:

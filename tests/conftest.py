@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,6 +31,30 @@ def synthetic() -> ModuleType:
     from tests.runtime import synthetic_bundle
 
     return synthetic_bundle
+
+
+@pytest.fixture(scope="session")
+def example_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of a model with known boxes and masks: `bundle`, with an engine; beside it `image` (an array), `photo` (JPEG) and `clip` (MP4)."""
+    import av
+    import cv2
+    import numpy as np
+
+    from export.engine import build_engine
+    from tests.runtime import synthetic_bundle
+
+    root = tmp_path_factory.mktemp("examples")
+    bundle = synthetic_bundle.create(root / "bundle")
+    build_engine(bundle.path, "onnxruntime")
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    cv2.imwrite(str(root / "photo.jpg"), image)
+    with av.open(str(root / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in np.random.default_rng(1).integers(0, 256, (4, 48, 64, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode())
+    return {"bundle": bundle.path, "image": image, "photo": root / "photo.jpg", "clip": root / "clip.mp4"}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -12,34 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import av
-import cv2
 import numpy as np
 import pytest
 
 import dynamask
-from export.engine import build_engine
-from tests.runtime import synthetic_bundle
 
 PUBLIC = sorted(name for name in dynamask.__all__ if inspect.isroutine(getattr(dynamask, name)) or inspect.isclass(getattr(dynamask, name)))
 FINDER = doctest.DocTestFinder(exclude_empty=True)
-
-
-@pytest.fixture(scope="session")
-def example_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """`bundle`, `image`, `photo` and `clip`."""
-    root = tmp_path_factory.mktemp("examples")
-    bundle = synthetic_bundle.create(root / "bundle")
-    build_engine(bundle.path, "onnxruntime")
-    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
-    cv2.imwrite(str(root / "photo.jpg"), image)
-    with av.open(str(root / "clip.mp4"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for frame in np.random.default_rng(1).integers(0, 256, (4, 48, 64, 3), np.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode())
-    return {"bundle": bundle.path, "image": image, "photo": root / "photo.jpg", "clip": root / "clip.mp4"}
 
 
 def examples(name: str) -> Iterator[doctest.DocTest]:

@@ -19,6 +19,7 @@ from export.deform_conv_fallback import replace_deform_conv
 from export.export import export_bundle
 from export.onnxruntime_engine import build_onnxruntime
 from runtime.bundle import MODEL, Bundle
+from runtime.coco import read_coco
 from runtime.errors import InputError
 from runtime.predictor import Predictor, load
 from runtime.preprocess import letterbox_normalise
@@ -26,7 +27,7 @@ from runtime.sinks import JsonLinesSink, VideoSink
 from runtime.sources import open_source
 from runtime.stream import run_stream
 from runtime.targets.onnxruntime import has_deform_conv
-from runtime.validate import read_coco, validate
+from runtime.validate import validate
 
 GRIDS = (14, 28, 56, 112)
 ZERO = np.zeros((), np.float32)

@@ -78,8 +78,8 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
         self.tolerated = int(TOLERATED_SHARE * len(self))
         self.turned: list[bool] = []
         if data.portrait_batches and isinstance(dataset, CocoDataset):  # the images of other data sets are all of one form
-            entries = dataset.coco_dict["images"]
-            sizes = [(entries[item]["height"], entries[item]["width"]) for item in self.items.indices]
+            records = [dataset.data.images[item] for item in self.items.indices]
+            sizes = [(record.height, record.width) for record in records]
             self.turned = turned_images(sizes, model.canvas, config.train.batch)
 
     def __len__(self) -> int:

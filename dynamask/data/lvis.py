@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,22 @@ class LvisDataset(CocoDataset):
     Args:
         annotations: the JSON file.
         images: the folder that holds `train2017/` and `val2017/`: images are found by their `coco_url`.
+        missing: as for `CocoDataset`.
 
     Raises:
         InputError: as `CocoDataset`; or an image lacks its two lists, or a category its frequency.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path) -> None:
-        super().__init__(annotations, images)
-        for entry in self.coco_dict["images"]:
+    def __init__(self, annotations: str | Path, images: str | Path, missing: Callable[[str], InputError] | None = None) -> None:
+        super().__init__(annotations, images, missing)
+        for image in self.data.images:
             for name in _FEDERATED:
-                if not isinstance(entry.get(name), list):
-                    raise InputError(f"{self.annotations} is not LVIS v1: image {entry['id']} has no list {name}; give the original file.")
-        for entry in self.coco_dict["categories"]:
-            if entry.get("frequency") not in ("r", "c", "f"):
+                if getattr(image, name) is None:
+                    raise InputError(f"{annotations} is not LVIS v1: image {image.id} has no list {name}; give the original file.")
+        for category in self.data.categories:
+            if category.frequency not in ("r", "c", "f"):
                 raise InputError(
-                    f"{self.annotations} is not LVIS v1: category {entry['id']} has frequency {entry.get('frequency')!r}, "
+                    f"{annotations} is not LVIS v1: category {category.id} has frequency {category.frequency!r}, "
                     "not 'r', 'c' or 'f'; give the original file."
                 )
 
@@ -50,8 +52,8 @@ class LvisDataset(CocoDataset):
         """As `CocoDataset.__getitem__`; the target also holds `neg_category_ids` and `not_exhaustive_category_ids` (`[n] int64`,
         category ids): classes that the image does not show, and annotated classes of which it shows more instances than are annotated."""
         image, target = super().__getitem__(index)
-        entry = self.coco_dict["images"][index]
-        return image, target | {name: np.array(entry[name], np.int64) for name in _FEDERATED}
+        record = self.data.images[index]
+        return image, target | {name: np.array(getattr(record, name), np.int64) for name in _FEDERATED}
 
 
 def lvis_v1(root: Path, part: Part) -> LvisDataset:
@@ -61,6 +63,4 @@ def lvis_v1(root: Path, part: Part) -> LvisDataset:
         InputError: names the first file of either part, or image of this one, that is missing; or as `LvisDataset`.
     """
     LVIS_V1.check(root)
-    dataset = LvisDataset(root / "annotations" / f"lvis_v1_{part}.json", root)
-    LVIS_V1.check_files(root, (entry["file_name"] for entry in dataset.coco_dict["images"]))
-    return dataset
+    return LvisDataset(root / "annotations" / f"lvis_v1_{part}.json", root, lambda name: LVIS_V1.missing(root, name))

@@ -64,8 +64,8 @@ class Metrics:
         self.report.message(text)
 
 
-def write_metrics(output: Path, progress: Progress, schedule: Schedule) -> dict[str, Any]:
-    """Write `metrics.json` of a run that has ended, or was interrupted, and return it."""
+def write_metrics(output: Path, progress: Progress, schedule: Schedule, data: dict[str, Any]) -> dict[str, Any]:
+    """Write `metrics.json` of a run that has ended, or was interrupted, and return it; `data` is what the data sets used and left out."""
     best = output / "best.safetensors"
     result = {
         "steps": progress.step,
@@ -76,6 +76,7 @@ def write_metrics(output: Path, progress: Progress, schedule: Schedule) -> dict[
         "uniform": progress.evaluations[-1].get("uniform") if progress.evaluations else None,
         "calibration": progress.calibration,
         "skipped": len(progress.skipped),
+        "data": data,
         "checkpoint": str(output / "model.safetensors"),
         "best": str(best) if best.exists() else None,
         "seconds": round(progress.seconds, 1),

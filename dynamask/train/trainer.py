@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamask.config import Config
+from dynamask.data.coco import left_out_counts, left_out_lines
 from dynamask.distributed import World, averaged, joined
 from dynamask.train.calibrator import Calibrator
 from dynamask.train.checkpoint import TrainingState
@@ -40,8 +41,8 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
     Returns:
         The contents of `metrics.json`: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
-        grid), `calibration` (of the MSM, in GMAC an instance, or None), `skipped` (images), `checkpoint`, `best`, `seconds`. Empty in all
-        processes but the first.
+        grid), `calibration` (of the MSM, in GMAC an instance, or None), `skipped` (images), `data` (by part, the
+        images and annotations used and left out), `checkpoint`, `best`, `seconds`. Empty in all processes but the first.
 
     Raises:
         InputError: the output folder holds another run or cannot be written, there is nothing to resume, the data cannot be used, the
@@ -83,6 +84,10 @@ class Trainer:
         """
         self.output, self.workers, self.interruption, self.world = output, config.data.workers, interrupt, world
         self.items, val_set = training_and_validation(config)
+        parts = {"train": self.items.items.dataset, "val": val_set}
+        self.data_counts = left_out_counts(parts)
+        for line in left_out_lines(parts):
+            report.message(line)
         self.schedule = Schedule(config.train, len(self.items))
         self.progress = Progress() if state is None else Progress.from_json(state.progress)
         learner = build_learner(config, val_set.classes, world.device, state, output / STATE_FILE, report.message)
@@ -135,7 +140,7 @@ class Trainer:
         if interrupted(self.progress, self.schedule):
             self.checkpointer.save()
             self.metrics.message(f"Stopped after step {self.progress.step}; resume with: dynamask train --output {self.output} --resume")
-        return write_metrics(self.output, self.progress, self.schedule) if self.world.is_main else {}
+        return write_metrics(self.output, self.progress, self.schedule, self.data_counts) if self.world.is_main else {}
 
     def _check_schedule(self, config: Config) -> None:
         recipe = config.train

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from dynamask.data.coco import CocoDataset
+from dynamask.data.coco import CocoDataset, left_out_counts, left_out_lines
 from dynamask.data.shapes import ShapesDataset, write_dataset
 from runtime.errors import InputError
 
@@ -32,98 +31,54 @@ def instance(**changes: object) -> dict:
     return {"image_id": 7, "category_id": 5, "bbox": [2, 3, 10, 6], "area": 60, "iscrowd": 0, "segmentation": SQUARE} | changes
 
 
-def test_polygons_and_both_kinds_of_rle_give_the_same_mask(tmp_path):
+def test_items_have_boxes_labels_and_masks_of_their_instances(tmp_path):
+    annotations = [instance(), instance(category_id=2, bbox=None), instance(category_id=99), instance(iscrowd=1)]
+    dataset = CocoDataset(write(tmp_path, annotations), tmp_path)
+    image, target = dataset[0]
     expected = np.zeros((16, 20), np.uint8)
     expected[3:9, 2:12] = 1
-    compressed = rle.encode(np.asfortranarray(expected))
-    runs = np.flatnonzero(np.diff(np.concatenate([[0], expected.ravel(order="F"), [1 - expected[-1, -1]]])))
-    plain = np.diff(np.concatenate([[0], runs])).tolist()
-    segmentations = [
-        SQUARE,
-        {"size": [16, 20], "counts": compressed["counts"].decode()},
-        {"size": [16, 20], "counts": plain},
-    ]
-    path = write(tmp_path, [instance(segmentation=segmentation) for segmentation in segmentations])
-    dataset = CocoDataset(path, tmp_path)
-    image, target = dataset[0]
-    assert dataset.report == {}
     assert image.shape == (16, 20, 3)
     assert target["image_id"] == 7
     assert target["masks"].dtype == np.uint8
-    np.testing.assert_array_equal(target["masks"], np.stack([expected] * 3))
-    np.testing.assert_array_equal(target["boxes"], np.float32([[2, 3, 12, 9]] * 3))
-    np.testing.assert_array_equal(target["labels"], [2, 2, 2])
+    np.testing.assert_array_equal(target["masks"], np.stack([expected] * 2))
+    np.testing.assert_array_equal(target["boxes"], np.float32([[2, 3, 12, 9]] * 2))
+    np.testing.assert_array_equal(target["labels"], [2, 1])
     assert dataset.classes == [{"id": 2, "name": "date"}, {"id": 5, "name": "nut"}]
     assert dataset.ids_to_category == {1: 2, 2: 5}
-
-
-def test_unusable_annotations_are_left_out_and_counted(tmp_path):
-    counts = rle.encode(np.asfortranarray(np.ones((16, 20), np.uint8)))["counts"].decode()
-    annotations = [
-        instance(),
-        instance(category_id=99),
-        instance(image_id=8),
-        instance(segmentation=[]),
-        instance(segmentation=[[1, 2, 3, 4]]),
-        instance(segmentation={"size": [16, 20], "counts": "~~"}),
-        instance(segmentation={"size": [16, 20], "counts": counts + "1"}),
-        instance(segmentation={"size": [16, 20], "counts": [5, 5]}),
-        instance(segmentation={"size": [9, 9], "counts": [81]}),
-        instance(segmentation={"size": [16, 20], "counts": [320]}),
-        instance(bbox=[2, 3, 0, 6]),
-        instance(bbox=[2, 3, float("nan"), 6]),
-        instance(bbox=[40, 3, 5, 6]),
-        instance(bbox=[-3, 3, 10, 20]),
-        instance(iscrowd=1),
-    ]
-    dataset = CocoDataset(write(tmp_path, annotations), tmp_path)
-    assert dataset.report == {
-        "an unknown category": 1,
-        "an unknown image": 1,
-        "an empty polygon": 2,
-        "a malformed mask": 3,
-        "a mask of another size than its image": 1,
-        "an empty mask": 1,
-        "a degenerate box": 1,
-        "no usable box": 1,
-        "a box outside its image": 1,
-        "a box clipped to its image": 1,
-    }
-    _, target = dataset[0]
-    np.testing.assert_array_equal(target["boxes"], np.float32([[2, 3, 12, 9], [0, 3, 7, 16]]))
     assert [entry["iscrowd"] for entry in dataset.coco_dict["annotations"]] == [0, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "does not exist"),
-        ("{", "not JSON"),
-        ("[]", "not in COCO format"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "list of images has no entry"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "list of categories has no entry"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "image without a usable"),
-    ],
-)
-def test_a_file_that_is_no_data_set_is_refused_by_name(tmp_path, content, message):
-    path = tmp_path / "instances.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(InputError, match=message) as caught:
-        CocoDataset(path, tmp_path)
-    assert str(path) in str(caught.value)
+def test_what_is_left_out_of_each_part_is_said_and_counted(tmp_path):
+    dataset = CocoDataset(write(tmp_path, [instance(), instance(category_id=99)]), tmp_path)
+    parts = {"train": dataset, "val": dataset, "shapes": ShapesDataset(1, seed=0)}
+    (line,), counts = left_out_lines(parts), left_out_counts(parts)
+    assert line.startswith("Warning: ")
+    assert "1 of 2 annotations (50.0%) are left out: 1 unknown category" in line
+    assert counts == dict.fromkeys(("train", "val"), dataset.data.counts())
+    assert counts["train"]["annotations_left_out"] == {"unknown category": 1}
 
 
-def test_a_data_set_without_a_usable_annotation_is_empty(tmp_path):
-    with pytest.raises(InputError, match=r"empty.*1 with an unknown category"):
-        CocoDataset(write(tmp_path, [instance(category_id=99)]), tmp_path)
+@pytest.mark.parametrize("annotations", [[], [instance(iscrowd=1)]])
+def test_a_data_set_without_instances_is_refused(tmp_path, annotations):
+    with pytest.raises(InputError, match="no annotation to train on"):
+        CocoDataset(write(tmp_path, annotations), tmp_path)
 
 
-def test_missing_truncated_and_resized_images_are_named(tmp_path):
+def test_images_that_are_missing_are_left_out_or_refused(tmp_path):
+    images = [{"id": i, "file_name": name, "height": 16, "width": 20} for i, name in ((6, "none.png"), (7, "a.png"))]
+    path = write(tmp_path, [instance(), instance(image_id=6)], images=images)
+    dataset = CocoDataset(path, tmp_path)
+    assert dataset.image_ids == [7]
+    assert dataset.data.images_left_out == {"image file missing": 1}
+    with pytest.raises(InputError, match=r"no none\.png"):
+        CocoDataset(path, tmp_path, lambda name: InputError(f"no {name}"))
+
+
+def test_truncated_resized_and_deleted_images_are_named(tmp_path):
     dataset = CocoDataset(write(tmp_path, [instance()]), tmp_path)
     picture = tmp_path / "a.png"
     Image.new("RGB", (16, 20)).save(picture)
-    with pytest.raises(InputError, match=r"a\.png is 20x16"):
+    with pytest.raises(InputError, match=r"a\.png has 16x20 pixels"):
         dataset[0]
     Image.effect_noise((20, 16), 50).save(picture)
     picture.write_bytes(picture.read_bytes()[:120])
@@ -138,7 +93,7 @@ def test_written_shapes_are_read_back_as_drawn(tmp_path):
     path = write_dataset(tmp_path, 2, seed=3, height=128, width=160)
     read, drawn = CocoDataset(path, tmp_path / "images"), ShapesDataset(2, seed=3, height=128, width=160)
     assert read.classes == drawn.classes
-    assert read.report == {}
+    assert read.data.left_out == read.data.repaired == {}
     for (image, target), (original, truth) in zip((read[i] for i in range(2)), (drawn[i] for i in range(2)), strict=True):
         assert np.abs(image.astype(int) - original).mean() < 6
         for key in ("boxes", "labels", "masks"):

@@ -98,6 +98,8 @@ def test_every_kind_trains_and_is_judged(kind: str, roots: dict[str, Path], tmp_
     assert entry["images"] == 1
     assert entry["segm"]["AP"] is not None
     assert ("AP_r" in entry["segm"]) == (kind == "lvis")
+    assert result["data"].keys() == (set() if kind == "cityscapes" else {"train", "val"})
+    assert all(part["annotations"] and not part["annotations_left_out"] for part in result["data"].values())
 
 
 @pytest.mark.parametrize("kind", OPENERS)

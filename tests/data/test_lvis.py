@@ -133,8 +133,8 @@ def test_the_first_missing_file_is_named(tmp_path: Path, missing: str) -> None:
 )
 def test_a_file_that_is_not_lvis_is_refused(tmp_path: Path, section: str, field: str, message: str) -> None:
     truth = tree([thing(1, A, 0)])
+    path = write(tmp_path, truth) / "annotations" / "lvis_v1_train.json"
     del truth[section][0][field]
-    path = tmp_path / "lvis_v1_train.json"
     path.write_text(json.dumps(truth))
     with pytest.raises(InputError, match=message) as caught:
         LvisDataset(path, tmp_path)

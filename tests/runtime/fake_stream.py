@@ -47,6 +47,7 @@ class FakePredictor:
         self.budget_gmacs = budget_gmacs
         self.calls = 0
         self.budgets: list[float | None] = []
+        self.overrides: list[int | None] = []
         self.costs: list[float] = []
         self._count, self._error, self._at = count, error, at
 
@@ -59,6 +60,7 @@ class FakePredictor:
     ) -> Instances:
         self.calls += 1
         self.budgets.append(budget_gmacs)
+        self.overrides.append(grid_override)
         if self._error is not None and self.calls == self._at:
             raise self._error
         found = make_instances(self._count, image.shape[:2], seed=self.calls)

@@ -10,7 +10,8 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from runtime.coco_metrics import evaluate_coco, to_rle
+from runtime.coco_masks import encode_mask
+from runtime.coco_metrics import evaluate_coco
 
 NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 
@@ -110,7 +111,9 @@ def test_agrees_with_pycocotools(kind, image_ids, capfd):
 
 def test_boundary_counts_what_mask_iou_forgives():
     truth, detections = _dataset(seed=1)
-    exact = [{**a, "score": 0.9, "segmentation": to_rle(a["segmentation"], 160, 200)} for a in truth["annotations"] if not a["iscrowd"]]
+    exact = [
+        {**a, "score": 0.9, "segmentation": encode_mask(a["segmentation"], 160, 200)} for a in truth["annotations"] if not a["iscrowd"]
+    ]
     assert evaluate_coco(truth, exact, ("boundary",))["boundary"]["AP"] == pytest.approx(100)
     metrics = evaluate_coco(truth, detections, ("segm", "boundary"))
     assert 0 < metrics["boundary"]["AP"] < metrics["segm"]["AP"]

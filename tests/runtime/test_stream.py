@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cli.main import main
 from runtime.errors import DynaMaskError
+from runtime.policies import Policy
 from runtime.sinks import JsonLinesSink, Sink, VideoSink
 from runtime.sources import Frame, open_source
 from runtime.stream import QUEUED_FRAMES, StreamReport, run_stream
@@ -210,66 +210,11 @@ def test_the_report_has_what_its_readers_count_on() -> None:
     assert {"frames", "broken", "seconds", "fps", "latency_ms", "gmacs", "share", "peak_rss_mb"} <= names
 
 
-@pytest.fixture
-def fake_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
-    manifest = SimpleNamespace(grid_gmacs=GRID_GMACS)
-    monkeypatch.setattr("runtime.bundle.Bundle.open", lambda path: SimpleNamespace(manifest=manifest))
-    monkeypatch.setattr("runtime.predictor.load", lambda bundle, target, threads: nullcontext(FakePredictor()))
-
-
-def test_the_command_writes_what_is_asked_for(tmp_path: Path, fake_bundle: None, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_video(tmp_path / "in.mp4", frames=8)
-    outputs = ["--output", tmp_path / "o.mp4", "--jsonl", tmp_path / "o.jsonl", "--frames-dir", tmp_path / "frames"]
-    assert main(["stream", "bundle", *map(str, [source, *outputs, "--limit", 5, "--json", tmp_path / "r.json"])]) == 0
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert (result["frames"], result["source"]) == (5, str(source))
-    assert count_frames(tmp_path / "o.mp4") == 5
-    assert len(list((tmp_path / "frames").iterdir())) == 5
-    assert "5 frames" in capsys.readouterr().out
-
-
-def test_several_sources_of_one_name_get_files_of_their_own(tmp_path: Path, fake_bundle: None) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-    sources = [write_video(tmp_path / folder / "in.mp4", frames=3) for folder in ("a", "b")]
-    assert main(["stream", "bundle", *map(str, [*sources, "--output", tmp_path / "out", "--json", tmp_path / "r.json"])]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["in-1.mp4", "in-2.mp4"]
-    assert [stream["frames"] for stream in json.loads((tmp_path / "r.json").read_text())["streams"]] == [3, 3]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["in.mp4", "gone.mp4"], "gone.mp4 does not exist"),
-        (["in.mp4", "--output", "o.mp4", "--jsonl", "o.mp4"], "o.mp4 is given for two outputs"),
-        (["in.mp4", "--jsonl", "o.json", "--json", "o.json"], "o.json is given for two outputs"),
-        (["in.mp4", "--json", "."], "is a folder"),
-        (["in.mp4", "in.mp4", "--output", "o.mp4"], "o.mp4 is one file, and there are 2 sources"),
-        (["in.mp4", "--grid", "routed@0.6"], "'routed@0.6' has no budget that can be kept"),
-    ],
+    ("policy", "budget_gmacs", "override"),
+    [("routed@0.6gmac", 0.6, -1), ("uniform-56", 0.0, 2), ("size-based", 0.0, 4), (Policy("mine", 0.7, 3), 0.7, 3), (None, 0.8, -1)],
 )
-def test_a_call_that_contradicts_itself_writes_nothing(
-    tmp_path: Path,
-    fake_bundle: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    said: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_video(tmp_path / "in.mp4", frames=3)
-    assert main(["stream", "bundle", *arguments]) == 2
-    assert said in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
-
-
-def test_a_source_is_never_written_over(tmp_path: Path, fake_bundle: None, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_video(tmp_path / "in.mp4", frames=3)
-    before = source.read_bytes()
-    for option in ("--output", "--json"):
-        assert main(["stream", "bundle", str(source), option, str(source)]) == 2
-        assert "both read and written" in capsys.readouterr().err
-        assert source.read_bytes() == before
+def test_a_policy_reaches_the_engine(tmp_path: Path, policy: str | Policy | None, budget_gmacs: float, override: int) -> None:
+    predictor = FakePredictor(0, budget_gmacs=0.8)
+    run_stream(predictor, open_source(write_video(tmp_path / "in.mp4", frames=1)), [], policy)
+    assert (predictor.budgets, predictor.overrides) == ([budget_gmacs], [override])

@@ -8,10 +8,11 @@ import cv2
 import numpy as np
 import pytest
 
+from runtime.coco import read_coco
 from runtime.errors import InputError
 from runtime.graph import GRIDS
 from runtime.instances import ClassName, Instances
-from runtime.validate import read_coco, validate
+from runtime.validate import validate
 
 GMACS = {14: 0.25, 28: 0.5, 56: 0.75, 112: 1.0}
 CLASSES = [ClassName(4, "disc"), ClassName(9, "star")]
@@ -158,7 +159,7 @@ def test_broken_images_are_skipped_and_listed(data, boxes):
     cv2.imwrite(str(data / "images" / "2.png"), np.zeros((5, 5, 3), np.uint8))
     result = validate(_Predictor(boxes), read_coco(data), ["uniform-112"])
     assert [item["image"] for item in result["skipped"]] == ["0.png", "1.png", "2.png"]
-    assert "5x5 pixels, not 128x96" in result["skipped"][2]["reason"]
+    assert "2.png has 5x5 pixels" in result["skipped"][2]["reason"]
     assert result["dataset"]["images"] == 1 and result["dataset"]["annotations"] == len(boxes[3][1])
     assert result["policies"]["uniform-112"]["bbox"]["AP"] == pytest.approx(100)
     (data / "images" / "3.png").unlink()
@@ -177,7 +178,7 @@ def test_no_detections_at_all(data, boxes):
 
 def test_annotations_that_cannot_be_judged_on_are_counted(data, boxes):
     truth = _read(data)
-    base = truth["annotations"][0]
+    base = {name: value for name, value in truth["annotations"][0].items() if name != "id"}
     outside = [[300, 300, 320, 300, 320, 320, 300, 320]]
     truth["annotations"] += [
         {**base, "image_id": 5},
@@ -187,7 +188,12 @@ def test_annotations_that_cannot_be_judged_on_are_counted(data, boxes):
     ]
     _write(data, truth)
     result = validate(_Predictor(boxes), read_coco(data), ["uniform-112"])
-    assert result["dataset"]["annotations_left_out"] == {"unknown image": 1, "unknown class": 1, "empty mask": 2}
+    assert result["dataset"]["annotations_left_out"] == {
+        "unknown image": 1,
+        "unknown category": 1,
+        "no mask": 1,
+        "polygon far outside its image": 1,
+    }
     assert result["policies"]["uniform-112"]["bbox"]["AP"] == pytest.approx(100)
 
 
@@ -202,16 +208,16 @@ def test_data_sets_that_do_not_fit_are_refused(data, boxes):
         with pytest.raises(InputError, match=message):
             validate(_Predictor(boxes), read_coco(data), ["routed"])
     _write(data, {**truth, "images": []})
-    with pytest.raises(InputError, match="holds no images"):
+    with pytest.raises(InputError, match="list of images has no entry"):
         read_coco(data)
     _write(data, {**truth, "categories": [{"id": "one", "name": "star"}]})
-    with pytest.raises(InputError, match=r"is not a COCO data set .*'one'"):
+    with pytest.raises(InputError, match=r"category without a usable id and name .*'one'"):
         read_coco(data)
     _write(data, [1, 2])
-    with pytest.raises(InputError, match="is not a COCO data set"):
+    with pytest.raises(InputError, match="is not in COCO format"):
         read_coco(data)
     (data / "instances.json").write_text("{")
-    with pytest.raises(InputError, match="could not be read as JSON"):
+    with pytest.raises(InputError, match="is not JSON"):
         read_coco(data)
     with pytest.raises(InputError, match=r"nowhere/.* does not exist|nowhere does not exist"):
         read_coco(data / "nowhere")

@@ -43,7 +43,6 @@ class ShapesDataset:
         self.ids_to_category: dict[int, int] = {i + 1: entry["id"] for i, entry in enumerate(self.classes)}
         self.image_ids: list[int] = list(range(1, images + 1))
         self.indices_with_instances: list[int] = list(range(images))
-        self.report: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -1,4 +1,4 @@
-"""`dynamask build-engine` and `dynamask predict`: what they write, and what they say of bad input."""
+"""`dynamask build-engine` and `dynamask predict`: the files they write, and their errors on bad input."""
 
 from __future__ import annotations
 
