@@ -1,9 +1,10 @@
-"""Where frames come from: a video file, or a folder of images."""
+"""Where frames come from: a video file, an animation, an image, or a folder of images."""
 
 from __future__ import annotations
 
 import abc
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,13 +16,29 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import InputError
+from runtime.files import natural_order
 
 if TYPE_CHECKING:
     import av
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    {".apng", ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"},
+)
+VIDEO_SUFFIXES = frozenset({".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"})
+"""Suffixes named in messages; a video is known by its content."""
 FOLDER_FRAME_RATE = Fraction(10)
 """Frames a second that a folder of images is played at: images carry no time of their own."""
+MAX_FRAME_PIXELS = 40_000_000
+"""Videos of larger frames are refused: a decoder holds some ten of them. 8K is 33 million."""
+_UNKNOWN_FRAME_RATE = Fraction(25)
+_FRAME_RATES = (Fraction(1, 86_400), Fraction(1000))
+"""Least and largest frame rate believed, in frames a second: from one picture a day to slow motion."""
+_PIXEL_ASPECTS = (Fraction(1, 8), Fraction(8))
+"""Narrowest and widest pixel believed."""
+_JUMP_S, _LONGEST_JUMP_S = 10, 108_000
+"""Jumps forward that are bridged, as in ffmpeg: in formats whose clocks begin again (MPEG-TS), and in all others (30 hours)."""
+_FAULTS_IN_A_ROW = 16
+"""Read errors without a packet between them, after which a file is given up."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +58,9 @@ class Frame:
 class Source(Protocol):
     """Frames in order, decoded while they are iterated over. A source is iterated once, then closed.
 
-    `frame_rate` is in frames a second, `size` is the first frame's `(height, width)`, `frame_count` what the source announces, if it does.
-    `broken` counts the frames met so far that could not be decoded and were left out, `missing` those announced but absent at the end.
+    `frame_rate` is in frames a second, `size` is the first frame's `(height, width)`, `frame_count` the count that the source announces,
+    if it does. `broken` counts the frames met so far that could not be decoded and were left out, `missing` those announced but absent at
+    the end, `bridged` the places where time stamps were absent, did not rise or jumped, and time went on at the frame rate instead.
     """
 
     path: Path
@@ -51,6 +69,7 @@ class Source(Protocol):
     frame_count: int | None
     broken: int
     missing: int
+    bridged: int
 
     def __iter__(self) -> Iterator[Frame]: ...
 
@@ -62,7 +81,9 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a video file, a folder of images (read in the order of their names) or a single image.
+    """Open a video file, a folder of images (`images_in`), an animation (GIF, APNG, WebP, AVIF) or a single image.
+
+    The content decides, not the suffix. No other file and no network is opened, whatever the content names.
 
     Raises:
         InputError: it is missing, empty, neither video nor images, or not one of its frames can be decoded.
@@ -74,26 +95,70 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         >>> sizes == {source.size}
         True
     """
+    from runtime.images import is_image, read_image
+
+    check_source(path)
     path = Path(path)
     if path.is_dir():
-        return ImageSource(path, image_files(path))
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; give a video file or a folder of images.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty; give a video file or a folder of images.")
-    return ImageSource(path, [path]) if path.suffix.lower() in IMAGE_SUFFIXES else VideoSource(path)
+        return ImageSource(path, images_in(path))
+    image = path.suffix.lower() in IMAGE_SUFFIXES
+    if image and is_image(path):
+        return AnimationSource(path)
+    try:
+        container = _open_container(path)
+    except InputError:
+        if image:
+            read_image(path)  # Which says what the file is instead.
+        raise
+    if container.format.name in ("gif", "apng", "webp_pipe"):
+        container.close()
+        return AnimationSource(path)
+    return VideoSource(path, container)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder, in the order of their names.
+def check_source(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that cannot be a source, before anything is opened.
 
     Raises:
-        InputError: there are none.
+        InputError: it is an address, is missing, is empty, or is neither a file nor a folder.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    if not files:
-        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of images or a video file.")
-    return files
+    # A Path has one slash where the address had two. The address may hold a password: only its scheme is printed.
+    address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(path))
+    if address and not Path(path).exists():
+        raise InputError(f"{address[1]}:// addresses are not read; give a video file or a folder of images.")
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give a video file or a folder of images.")
+        if not (path.is_dir() or path.is_file()):
+            raise InputError(f"{path} is a device or a pipe; give a video file or a folder of images.")
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"{path} is empty; give a video file or a folder of images.")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a video file or a folder of images.") from error
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder, `img2` before `img10`: files with an image's suffix in either case, and links to them.
+
+    Hidden files (whose names begin with a dot, as macOS's `._photo.jpg`), videos and subfolders are left out. A link to nothing is listed,
+    so that it is counted as an image that cannot be read.
+
+    Raises:
+        InputError: there is none, or the folder cannot be read.
+    """
+    try:
+        entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}); check its permissions.") from error
+    images = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists())]
+    if images:
+        return natural_order(images)
+    if any(path.suffix.lower() in VIDEO_SUFFIXES for path in entries):
+        raise InputError(f"{folder} holds videos and no image; give each video by its own path ({folder}/*).")
+    if any(path.is_dir() for path in entries):
+        raise InputError(f"{folder} holds no image itself, only folders; give one of those.")
+    raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); give a folder of images or a video file.")
 
 
 class _OpenedOnFirstFrame(abc.ABC):
@@ -106,6 +171,7 @@ class _OpenedOnFirstFrame(abc.ABC):
     def __init__(self) -> None:
         self.broken = 0
         self.missing = 0
+        self.bridged = 0
         self._decoded = self._decode()
         try:
             first = next(self._decoded, None)
@@ -161,56 +227,106 @@ class ImageSource(_OpenedOnFirstFrame):
             yield Frame(index, float(index / self.frame_rate), image, file.name)
 
 
-class VideoSource(_OpenedOnFirstFrame):
-    """The first video stream of a file, decoded by FFmpeg's threads, turned upright by the rotation in its metadata."""
+class AnimationSource(_OpenedOnFirstFrame):
+    """The frames of an animation with their times; of any other image, its one picture. It ends at a frame that cannot be decoded."""
 
     def __init__(self, path: Path) -> None:
-        import av
+        from runtime.images import frame_count, read_frames
 
         self.path = path
+        self.frame_count = frame_count(path)
+        self._frames = read_frames(path)
+        # The first frame's duration stands for all; each frame has its own time.
+        first, seconds = next(self._frames)
+        self._opening = (first, seconds)
+        self.frame_rate = Fraction(1 / seconds).limit_denominator(1001) if self.frame_count > 1 else FOLDER_FRAME_RATE
+        super().__init__()
+
+    def _decode(self) -> Iterator[Frame]:
+        image, seconds = self._opening
+        del self._opening
+        time_s, index = 0.0, 0
+        while True:
+            yield Frame(index, time_s, image)
+            time_s, index = time_s + seconds, index + 1
+            try:
+                image, seconds = next(self._frames)
+            except StopIteration:
+                return
+            except InputError:
+                self.broken += 1
+                self.missing = max(0, (self.frame_count or 0) - index - 1)
+                return
+
+    def close(self) -> None:
+        """Close the file."""
+        self._frames.close()
+
+
+class VideoSource(_OpenedOnFirstFrame):
+    """A video file, decoded by FFmpeg's threads; its frames look as players show them.
+
+    Of several video streams the default one is taken, else the largest; pictures attached to it (covers, thumbnails) are none. The display
+    matrix turns and mirrors frames. Pixels that are not square are made square by enlarging the frame's shorter-sampled side. Times rise
+    from frame to frame: see `_Clock`.
+    """
+
+    def __init__(self, path: Path, container: av.container.InputContainer | None = None) -> None:
+        self.path = path
+        self._container = container or _open_container(path)
         try:
-            # "file:" keeps a colon in the name from being read as a protocol.
-            self._container = av.open(f"file:{path}")
-        except (av.FFmpegError, OSError) as error:
-            raise InputError(
-                f"{path} cannot be opened as a video ({error.strerror}); it is truncated or no video: give a video file."
-            ) from error
-        # FFmpeg "plays" any text file as a terminal recording.
-        if not self._container.streams.video or self._container.format.name == "tty":
+            self._stream = _video_stream(path, self._container)
+            self._pixel_aspect = _pixel_aspect(self._stream)
+            self.frame_rate = _frame_rate(self._container, self._stream)
+        except BaseException:
             self._container.close()
-            raise InputError(f"{path} holds no video; give a video file or a folder of images.")
-        self._stream = self._container.streams.video[0]
+            raise
         self._stream.thread_type = "AUTO"
-        rate = self._stream.average_rate or self._stream.guessed_rate or FOLDER_FRAME_RATE
-        self.frame_rate = Fraction(rate.numerator, rate.denominator)
+        pixels = max(1, self._stream.width * self._stream.height)
+        # Every thread holds frames of its own.
+        self._stream.codec_context.thread_count = max(1, min(os.cpu_count() or 1, 4 * MAX_FRAME_PIXELS // pixels))
+        # Frames may grow in mid-stream.
+        self._stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
         self.frame_count = self._stream.frames or self._count_from_duration()
         super().__init__()
 
     def _count_from_duration(self) -> int | None:
         duration = self._container.duration  # microseconds
-        return None if not duration else max(1, round(duration * self.frame_rate / 1_000_000))
+        return max(1, round(duration * self.frame_rate / 1_000_000)) if duration and duration > 0 else None
 
     def _decode(self) -> Iterator[Frame]:
         yielded = discarded = 0
-        start: float | None = None
+        clock = _Clock(self.frame_rate, begins_again=self._has_clock_steps())
         for packet in self._packets():
             discarded += bool(packet.is_discard)
             for decoded in self._frames_of(packet):
-                index = yielded + self.broken
-                time = decoded.time if decoded.time is not None else float(index / self.frame_rate)
-                start = time if start is None else start
-                yield Frame(index, time - start, _upright(decoded))
+                time_s = clock.time_s(decoded.time)
+                self.bridged = clock.bridged
+                yield Frame(yielded + self.broken, time_s, _as_shown(decoded, self._pixel_aspect))
                 yielded += 1
         self._count_missing(yielded + discarded)
 
+    def _has_clock_steps(self) -> bool:
+        from av.format import Flags
+
+        return bool(self._container.format.flags & Flags.ts_discont.value)
+
     def _packets(self) -> Iterator[av.Packet[Any]]:
+        """All packets; damage between them is counted and skipped. The last, empty one makes the decoder give its last frames."""
         import av
 
-        try:
-            yield from self._container.demux(self._stream)
-        except (av.FFmpegError, OSError):
-            # The file ends amid a packet: what stands before it is still worth having, what follows is counted as missing.
-            self.broken += 1
+        faults = 0
+        while faults < _FAULTS_IN_A_ROW:
+            try:
+                for packet in self._container.demux(self._stream):
+                    faults = 0
+                    yield packet
+                return
+            except (av.FFmpegError, OSError):
+                # What stands before and after is still used; what is absent at the end is counted as missing.
+                faults += 1
+                self.broken += faults == 1
+        yield av.Packet()
 
     def _frames_of(self, packet: av.Packet[Any]) -> Iterator[av.VideoFrame]:
         import av
@@ -219,7 +335,7 @@ class VideoSource(_OpenedOnFirstFrame):
             self.broken += 1
             return
         try:
-            frames = packet.decode()
+            frames = self._stream.decode(packet)
         except (av.FFmpegError, OSError):
             self.broken += 1
             return
@@ -234,8 +350,8 @@ class VideoSource(_OpenedOnFirstFrame):
         if self.frame_count is None:
             return
         missing = max(0, self.frame_count - seen - self.broken)
-        # A count made from the duration is only rough: less than a second short is not worth a word.
-        if self._stream.frames or missing > self.frame_rate:
+        # A count made from the duration is only rough, less than a second short is no finding; and none where the clock began again.
+        if self._stream.frames or (missing > self.frame_rate and not self.bridged):
             self.missing = missing
 
     def close(self) -> None:
@@ -243,7 +359,145 @@ class VideoSource(_OpenedOnFirstFrame):
         self._container.close()
 
 
-def _upright(frame: av.VideoFrame) -> npt.NDArray[np.uint8]:
-    image = frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
-    quarter_turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+class _Clock:
+    """Makes times rise from frame to frame, and counts the places where it had to (`bridged`).
+
+    Time starts at 0. A frame without a time stamp, or whose stamp is not after the last frame's, follows the last one at the frame rate.
+    Where the clock began again (a step back of more than three frames) or jumped, all that follows is moved by the same amount, so that
+    time goes on; after a smaller step, the stamps count again as soon as they have caught up.
+    """
+
+    def __init__(self, frame_rate: Fraction, begins_again: bool) -> None:
+        self.bridged = 0
+        self._step = float(1 / frame_rate)
+        self._longest = _JUMP_S if begins_again else _LONGEST_JUMP_S
+        self._longest = max(self._longest, 3 * self._step)
+        self._last: float | None = None
+        self._offset: float | None = None
+        self._bridging = False
+
+    def time_s(self, stamp: float | None) -> float:
+        """Seconds since the first frame for the next frame's time stamp in seconds."""
+        expected = 0.0 if self._last is None else self._last + self._step
+        if stamp is not None and self._offset is None:
+            self._offset = expected - stamp
+        time_s = expected if stamp is None or self._offset is None else stamp + self._offset
+        advance = float("inf") if self._last is None else time_s - self._last
+        fault = stamp is None or (self._last is not None and not 0 < advance <= self._longest)
+        if fault:
+            if stamp is not None and not -3 * self._step <= advance <= 0:
+                self._offset = expected - stamp
+            time_s = expected
+        self.bridged += fault and not self._bridging
+        self._bridging = fault
+        self._last = time_s
+        return time_s
+
+
+def _open_container(path: Path) -> av.container.InputContainer:
+    """Open a file through its descriptor: a playlist in it opens nothing else, and any name will do.
+
+    Raises:
+        InputError: it cannot be read, or holds nothing that FFmpeg knows.
+    """
+    import av
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk.") from error
+    try:
+        # FFmpeg makes a copy of the descriptor, and may open nothing by name.
+        return av.open("fd:", options={"fd": str(descriptor), "protocol_whitelist": "fd"})
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise InputError(_unopened(path, error)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _unopened(path: Path, error: Exception) -> str:
+    """The sentence for a file that FFmpeg does not open."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if re.match(rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat|\[playlist\]|<\?xml.*<MPD|<MPD)", head, re.DOTALL):
+        return f"{path} is a playlist, which names other files; give the video itself."
+    if re.match(rb".{4}(ftyp|mdat|wide|free|skip)", head, re.DOTALL):
+        return f"{path} cannot be opened as a video: it is truncated, its index (moov) is missing or damaged; copy or record it again."
+    reason = getattr(error, "strerror", None) or error
+    return f"{path} cannot be opened as a video ({reason}); it is truncated or no video: give a video file."
+
+
+def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+    """The default video stream, else the one with the largest frames; attached pictures are no video.
+
+    Raises:
+        InputError: there is none, or it cannot be decoded.
+    """
+    from av.stream import Disposition
+
+    still = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & still]
+    # FFmpeg "plays" any text file as a terminal recording.
+    if not streams or container.format.name == "tty":
+        kind = "no video, only sound" if container.streams.audio else "no video"
+        raise InputError(f"{path} holds {kind}; give a video file or a folder of images.")
+    known = [stream for stream in streams if stream.codec_context is not None]
+    if not known:
+        raise InputError(f"{path} is coded in a way that this FFmpeg cannot decode; convert it to H.264 in MP4.")
+    best = max(known, key=lambda stream: (bool(stream.disposition & Disposition.default), stream.width * stream.height, -stream.index))
+    if best.width * best.height > MAX_FRAME_PIXELS:
+        raise InputError(f"{path} has frames of {best.width}x{best.height}, more than {MAX_FRAME_PIXELS} pixels; give a smaller video.")
+    return best
+
+
+def _frame_rate(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
+    from av.format import Flags
+
+    rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
+    if container.format.flags & Flags.no_timestamps.value:
+        rates = [stream.guessed_rate, *rates]
+    low, high = _FRAME_RATES
+    return next((Fraction(rate) for rate in rates if rate and low <= rate <= high), _UNKNOWN_FRAME_RATE)
+
+
+def _pixel_aspect(stream: av.VideoStream) -> Fraction:
+    """Width over height of a pixel as shown, before the display matrix turns it; 1 if unknown or absurd."""
+    aspect = stream.sample_aspect_ratio
+    low, high = _PIXEL_ASPECTS
+    if not aspect or not low <= aspect <= high:
+        return Fraction(1)
+    pixels = stream.width * stream.height * max(aspect, 1 / aspect)
+    return Fraction(aspect) if pixels <= MAX_FRAME_PIXELS else Fraction(1)
+
+
+def _as_shown(frame: av.VideoFrame, pixel_aspect: Fraction = Fraction(1)) -> npt.NDArray[np.uint8]:
+    """`[H, W, 3] uint8` RGB with square pixels, turned and mirrored by the frame's display matrix."""
+    if pixel_aspect == 1:
+        image = frame.to_ndarray(format="rgb24")
+    else:
+        # Enlarged, never reduced, as browsers do.
+        width = round(frame.width * max(pixel_aspect, 1))
+        height = round(frame.height * max(1 / pixel_aspect, 1))
+        image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    return _upright(image.astype(np.uint8, copy=False), _display_matrix(frame))
+
+
+def _display_matrix(frame: av.VideoFrame) -> npt.NDArray[np.int32] | None:
+    """`[3, 3] int32` fixed-point, as in the MP4 format (ISO/IEC 14496-12): (x, y, 1) times it is the place shown."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX" and data.buffer_size >= 36:
+            return np.frombuffer(bytes(data)[:36], dtype=np.int32).reshape(3, 3)
+    return None
+
+
+def _upright(image: npt.NDArray[np.uint8], matrix: npt.NDArray[np.int32] | None) -> npt.NDArray[np.uint8]:
+    """Turned and mirrored as the matrix says, by quarter turns; other angles are rounded to one."""
+    if matrix is None:
+        return image
+    (a, b), (c, d) = matrix[:2, :2].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        across, down = a, d
+    else:
+        image, across, down = image.transpose(1, 0, 2), c, b
+    image = image[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+    return np.ascontiguousarray(image)

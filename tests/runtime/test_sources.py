@@ -46,21 +46,6 @@ def test_frames_damaged_midway_are_left_out_and_counted(tmp_path: Path) -> None:
     assert frames[-1].index == 29
 
 
-def test_a_rotated_video_comes_upright(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyAV cannot write the rotation that phones do, so the decoded frame says it here: 90 degrees counterclockwise to be turned.
-    class Rotated:
-        rotation = 90
-
-        def to_ndarray(self, format: str) -> np.ndarray:
-            return np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-
-    from runtime.sources import _upright
-
-    upright = _upright(Rotated())  # type: ignore[arg-type]
-    assert upright.shape == (3, 2, 3)
-    np.testing.assert_array_equal(upright[0, 0], Rotated().to_ndarray("rgb24")[0, 2])
-
-
 def test_a_folder_is_read_in_the_order_of_names_without_its_broken_image(tmp_path: Path) -> None:
     for i, name in enumerate(["b.png", "a.png", "d.jpg"]):
         cv2.imwrite(str(tmp_path / name), np.full((20, 30, 3), 50 * i, np.uint8))
