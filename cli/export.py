@@ -55,20 +55,17 @@ def export(
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The first images of a folder, by name.
+    """The first images of a folder, in the order of `image_files`.
 
     Raises:
         InputError: there is no such folder, or no image in it.
     """
     from runtime.errors import InputError
-    from runtime.sources import IMAGE_SUFFIXES
+    from runtime.sources import image_files
 
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; --images takes a folder of images.")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not found:
-        raise InputError(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); --images takes a folder of images.")
-    return found[:PARITY_IMAGES]
+    return image_files(folder)[:PARITY_IMAGES]
 
 
 def _summary(bundle: Path, result: dict[str, Any]) -> str:

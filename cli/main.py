@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cli import terminal
 from cli.ablate import ablate
 from cli.bench import app as bench
 from cli.build_engine import build_engine
@@ -23,7 +23,9 @@ from cli.predict import predict
 from cli.stream import stream
 from cli.train import train
 from cli.validate import validate
+from runtime import environment
 from runtime.errors import INTERRUPTED, DynaMaskError
+from runtime.files import failure
 
 EXTRAS = {
     "onnx": "export",
@@ -86,12 +88,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(command: typer.Typer, name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status: 0, 2 on a wrong call or bad input, 1 on failure, 130 on Ctrl-C.
 
-    An error is one sentence on standard error; `DYNAMASK_TRACEBACK=1` shows the traceback too.
+    An error is one sentence on standard error; `DYNAMASK_TRACEBACK=1` shows the traceback too. Where standard output is closed or its
+    reader goes away (`| head`), the command still finishes its files, and its status is the usual one; a full disk under standard output
+    is a failure.
 
     Args:
         name: the program's name, for its help and errors.
         arguments: the process's own by default.
     """
+    terminal.prepare()
+    environment.prepare()
     try:
         status = command(args=arguments, prog_name=name, standalone_mode=False) or 0
         sys.stdout.flush()
@@ -101,14 +107,13 @@ def run(command: typer.Typer, name: str, arguments: Sequence[str] | None = None)
         return _fail(str(error), error.exit_status)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    except BrokenPipeError:
-        # The reader (head, say) has gone: nothing more can be written, at exit neither.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         return _fail(_unexpected_sentence(error), 1)
     if status == INTERRUPTED:
         return _fail("Interrupted: what was finished is kept, nothing half-written is left.", INTERRUPTED)
+    if not status and (lost := terminal.failed_output()) is not None:
+        cause, way_out = failure(lost)
+        return _fail(f"Standard output could not be written ({cause}): {way_out}.", 1)
     return int(status)
 
 
@@ -130,10 +135,9 @@ def _usage_sentence(error: typer.exceptions.TyperException) -> str:
 def _unexpected_sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
         return f"This command needs {error.name}, which is not installed: run pip install -e '.[{extra}]' in the checkout."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"The disk is full while writing {error.filename or 'a file'}: free some space and run the command again."
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} could not be read or written ({error.strerror}): check the path, its permissions and the disk."
+    if isinstance(error, OSError) and error.strerror:
+        _, way_out = failure(error, "check the path, its permissions and the disk")
+        return f"{error.filename or 'A file'} could not be read or written ({error.strerror}): {way_out}."
     if isinstance(error, MemoryError):
         return "The memory is used up: use a smaller batch, image or number of workers."
     lines = str(error).splitlines()

@@ -81,14 +81,13 @@ def plan_outputs(
     Raises:
         InputError: a source does not exist or is an output as well, two outputs are one file, or one file is given for several sources.
     """
-    from runtime.errors import InputError
     from runtime.files import check_apart, check_file, check_folder
+    from runtime.sources import check_source
 
     given = {"video": output, "jsonl": jsonl, "frames": frames_dir}
     plans: list[dict[str, Path]] = []
     for source, name in zip(sources, _unique_names(sources), strict=True):
-        if not source.exists():
-            raise InputError(f"{source} does not exist; give a video file or a folder of images.")
+        check_source(source)
         plan = {kind: _place(kind, path, name, len(sources)) for kind, path in given.items() if path is not None}
         plans.append(plan or {"video": Path(f"{name}-dynamask.mp4")})
         for kind, path in plans[-1].items():
@@ -184,6 +183,9 @@ def _print(path: Path, outputs: dict[str, Path], report: StreamReport) -> None:
         console.print(f"the source is truncated: it announces {report.missing} more frames than it holds")
     if report.broken:
         console.print(f"{report.broken} frames could not be decoded and were left out")
+    if report.bridged:
+        places = "1 place" if report.bridged == 1 else f"{report.bridged} places"
+        console.print(f"time stamps were absent, did not rise or jumped at {places}: time went on at the frame rate")
     if report.gmacs is not None:
         shares = ", ".join(f"{share:.0%} at {grid}" for grid, share in report.share.items())
         console.print(f"{report.instances} instances, {report.gmacs:.3f} GMAC per instance; grids: {shares}")

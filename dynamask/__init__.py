@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from runtime.environment import prepare
+
 if TYPE_CHECKING:
     from dynamask.config import PRESETS, ModelConfig, load_config
     from dynamask.model import DynaMask, build_model
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from runtime.validate import validate
 
 __version__ = "0.1.0"
+
+# Before PyTorch or an engine is imported, which read the environment then.
+prepare()
 
 _HOMES = {
     "Bundle": ("runtime.bundle", "Bundle"),

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from runtime.environment import prepare
 from runtime.errors import DynaMaskError, InputError
 
 _BAD_PLACE = {
@@ -199,12 +200,10 @@ def unwritable(path: Path, error: OSError) -> DynaMaskError:
     return DynaMaskError(f"{path} could not be written ({cause}): nothing was replaced; {way_out}.")
 
 
-def failure(error: OSError) -> tuple[str, str]:
-    """Cause and way out of a failed write, as parts of a sentence."""
+def failure(error: OSError, otherwise: str = "choose another place") -> tuple[str, str]:
+    """Cause and way out of a failed read or write, as parts of a sentence; `otherwise` is the way out where the cause suggests none."""
     number = error.errno or 0
-    if number in _BAD_PLACE:
-        return _BAD_PLACE[number], "choose another place"
-    return error.strerror or str(error), _WAY_OUT.get(number, "choose another place")
+    return _BAD_PLACE.get(number, error.strerror or str(error)), _WAY_OUT.get(number, otherwise)
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
@@ -293,13 +292,10 @@ def _natural_key(name: str) -> list[str | int]:
 def user_cache(name: str) -> Path:
     """The folder, perhaps not made yet, for what only saves time and may be deleted: `~/.cache/dynamask/<name>` (`XDG_CACHE_HOME`).
 
-    A user without a home folder has it in the system's folder for temporary files.
+    A user without a home folder has it among the temporary files (`runtime.environment`).
     """
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # Neither HOME nor an entry in the password file.
-        base = Path(tempfile.gettempdir()) / f"dynamask-{os.getuid()}"
-    return base / "dynamask" / name
+    prepare()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynamask" / name
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -81,7 +81,7 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a video file, a folder of images (`images_in`), an animation (GIF, APNG, WebP, AVIF) or a single image.
+    """Open a video file, a folder of images (`image_files`), an animation (GIF, APNG, WebP, AVIF) or a single image.
 
     The content decides, not the suffix. No other file and no network is opened, whatever the content names.
 
@@ -100,7 +100,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     check_source(path)
     path = Path(path)
     if path.is_dir():
-        return ImageSource(path, images_in(path))
+        return ImageSource(path, image_files(path))
     image = path.suffix.lower() in IMAGE_SUFFIXES
     if image and is_image(path):
         return AnimationSource(path)
@@ -138,7 +138,7 @@ def check_source(path: str | os.PathLike[str]) -> None:
         raise InputError(f"{path} cannot be read ({error.strerror}); give a video file or a folder of images.") from error
 
 
-def images_in(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """The images of a folder, `img2` before `img10`: files with an image's suffix in either case, and links to them.
 
     Hidden files (whose names begin with a dot, as macOS's `._photo.jpg`), videos and subfolders are left out. A link to nothing is listed,

@@ -48,6 +48,8 @@ class StreamReport:
     """Frames that were read but could not be decoded; they are left out."""
     missing: int
     """Frames that the source announces but does not hold: it is truncated."""
+    bridged: int
+    """Places where the source's time stamps were absent, did not rise or jumped; time went on at the frame rate."""
     interrupted: bool
     """Whether Ctrl-C ended the stream; the sinks hold all frames that the engine finished."""
     seconds: float
@@ -251,6 +253,7 @@ class _Measured:
             frames=self.frames,
             broken=source.broken,
             missing=source.missing,
+            bridged=source.bridged,
             interrupted=interrupted,
             seconds=seconds,
             fps=self.frames / seconds,

@@ -11,6 +11,8 @@ import pytest
 
 # Tests run side by side: each process keeps to one core. Read by NumPy, OpenMP and PyTorch when they are first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests import ONNX Runtime themselves too: nothing is sent from them.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Triton's kernels are interpreted on CPU tensors; `make test-gpu` sets 0. Read when Triton is first imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from runtime.bundle import MANIFEST, Bundle, Profile
 from runtime.errors import InputError
 from runtime.graph import DETECTIONS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
 from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
+from runtime.targets.ort import ort
 
 TARGET = "onnxruntime"
 DETECTOR = "detector.onnx"

@@ -159,8 +159,7 @@ def test_reader_that_goes_away_is_no_traceback() -> None:
     os.close(read)
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert ran.returncode == 1
-    assert ran.stderr == ""
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_every_public_name_resolves() -> None:

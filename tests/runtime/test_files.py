@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import Output, atomic_path, check_apart, check_file, check_folder, natural_order, user_cache, write_json
+from runtime.files import Output, atomic_path, check_apart, check_file, check_folder, natural_order, write_json
 
 ROOT = Path(__file__).parents[2]
 as_a_user = pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may write everywhere")
@@ -205,12 +205,3 @@ def test_numbers_in_names_count_as_numbers() -> None:
     ordered = ["1.jpg", "2.jpg", "10.jpg", "a1b2", "a1b10", "A2", "img2.png", "IMG10.png", "x", "x0", "x00"]
     assert [str(path) for path in natural_order(map(Path, reversed(ordered)))] == ordered
     assert natural_order([Path("f10/1"), Path("f9/2")]) == [Path("f9/2"), Path("f10/1")]
-
-
-def test_a_user_without_a_home_folder_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    assert user_cache("engines").parts[-2:] == ("dynamask", "engines")
