@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,7 +62,7 @@ def read_image(path: str | os.PathLike[str]) -> Array:
         return _upright(_to_rgb(path, image), orientation)
 
 
-def read_frames(path: str | os.PathLike[str]) -> Iterator[tuple[Array, float]]:
+def read_frames(path: str | os.PathLike[str]) -> Generator[tuple[Array, float], None, None]:
     """The frames of an animation (GIF, APNG, WebP, AVIF), or the one frame of any other image, as `[H, W, 3] uint8` RGB and seconds.
 
     Raises:

@@ -37,6 +37,8 @@ _PIXEL_ASPECTS = (Fraction(1, 8), Fraction(8))
 """Narrowest and widest pixel believed."""
 _JUMP_S, _LONGEST_JUMP_S = 10, 108_000
 """Jumps forward that are bridged, as in ffmpeg: in formats whose clocks begin again (MPEG-TS), and in all others (30 hours)."""
+_NO_TIMESTAMPS, _TS_DISCONT = 0x80, 0x200
+"""Flags of FFmpeg's formats: `AVFMT_NOTIMESTAMPS`, `AVFMT_TS_DISCONT` (libavformat/avformat.h)."""
 _FAULTS_IN_A_ROW = 16
 """Read errors without a packet between them, after which a file is given up."""
 
@@ -307,9 +309,7 @@ class VideoSource(_OpenedOnFirstFrame):
         self._count_missing(yielded + discarded)
 
     def _has_clock_steps(self) -> bool:
-        from av.format import Flags
-
-        return bool(self._container.format.flags & Flags.ts_discont.value)
+        return bool(self._container.format.flags & _TS_DISCONT)
 
     def _packets(self) -> Iterator[av.Packet[Any]]:
         """All packets; damage between them is counted and skipped. The last, empty one makes the decoder give its last frames."""
@@ -370,8 +370,7 @@ class _Clock:
     def __init__(self, frame_rate: Fraction, begins_again: bool) -> None:
         self.bridged = 0
         self._step = float(1 / frame_rate)
-        self._longest = _JUMP_S if begins_again else _LONGEST_JUMP_S
-        self._longest = max(self._longest, 3 * self._step)
+        self._longest = max(_JUMP_S if begins_again else _LONGEST_JUMP_S, 3 * self._step)
         self._last: float | None = None
         self._offset: float | None = None
         self._bridging = False
@@ -451,10 +450,8 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
 
 
 def _frame_rate(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
-    from av.format import Flags
-
     rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
-    if container.format.flags & Flags.no_timestamps.value:
+    if container.format.flags & _NO_TIMESTAMPS:
         rates = [stream.guessed_rate, *rates]
     low, high = _FRAME_RATES
     return next((Fraction(rate) for rate in rates if rate and low <= rate <= high), _UNKNOWN_FRAME_RATE)
@@ -476,18 +473,17 @@ def _as_shown(frame: av.VideoFrame, pixel_aspect: Fraction = Fraction(1)) -> npt
         image = frame.to_ndarray(format="rgb24")
     else:
         # Enlarged, never reduced, as browsers do.
-        width = round(frame.width * max(pixel_aspect, 1))
-        height = round(frame.height * max(1 / pixel_aspect, 1))
+        width = round(frame.width * max(pixel_aspect, Fraction(1)))
+        height = round(frame.height * max(1 / pixel_aspect, Fraction(1)))
         image = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
     return _upright(image.astype(np.uint8, copy=False), _display_matrix(frame))
 
 
 def _display_matrix(frame: av.VideoFrame) -> npt.NDArray[np.int32] | None:
     """`[3, 3] int32` fixed-point, as in the MP4 format (ISO/IEC 14496-12): (x, y, 1) times it is the place shown."""
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX" and data.buffer_size >= 36:
-            return np.frombuffer(bytes(data)[:36], dtype=np.int32).reshape(3, 3)
-    return None
+    side_data: Any = frame.side_data
+    data = side_data.get("DISPLAYMATRIX")
+    return None if data is None or data.buffer_size < 36 else np.frombuffer(bytes(data)[:36], dtype=np.int32).reshape(3, 3)
 
 
 def _upright(image: npt.NDArray[np.uint8], matrix: npt.NDArray[np.int32] | None) -> npt.NDArray[np.uint8]:
