@@ -87,17 +87,17 @@ def _print(result: dict[str, Any]) -> None:
 
     console = Console(markup=False, highlight=False)
     policies = result["policies"]
-    accuracy = ("GMAC", "AP", "AP50", "AP75", "AP S", "AP M", "AP L", "box AP", "boundary AP")
+    accuracy = ("GMAC", "AP", "AP50", "AP75", "AP\nS", "AP\nM", "AP\nL", "box\nAP", "bound-\nary AP")
     console.print(f"{result['dataset']['images']} images of {result['dataset']['name']}", soft_wrap=True)
     console.print(
         _table(
-            "mean GMAC per instance; mask AP, box AP, boundary AP (x 100)",
+            "mean GMAC per instance; AP of masks, boxes and boundaries, x 100",
             accuracy,
             {name: _accuracy(policy) for name, policy in policies.items()},
         )
     )
     shares = {name: ["/".join(f"{100 * share:.0f}" for share in policy["share"].values())] for name, policy in policies.items()}
-    console.print(_table("share of instances at each grid, %", ("14/28/56/112",), shares))
+    console.print(_table("share of grids, %", ("14/28/56/112",), shares))
     console.print(_table("latency per image, ms", ("", *LATENCIES), {name: _latency(policy) for name, policy in policies.items()}))
     for item in result["skipped"]:
         console.print(f"skipped {item['image']}: {item['reason']}", soft_wrap=True)
@@ -109,7 +109,7 @@ def _table(title: str, columns: Sequence[str], rows: dict[str, list[str]]) -> Ta
     from rich import box
     from rich import table as tables
 
-    table = tables.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = tables.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("policy", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

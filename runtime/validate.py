@@ -77,14 +77,14 @@ def validate(
         raise InputError(f"a limit of {limit} images leaves nothing to validate on; give 1 or more.")
     check_classes([(c.id, c.name) for c in manifest.classes], dataset)
     runs = {policy.name: _Run(policy, grid_gmacs) for policy in chosen}
-    judged, skipped = _run_all(predictor, dataset, runs, dataset.images[:limit], progress)
-    if not judged:
+    used, skipped = _run_all(predictor, dataset, runs, dataset.images[:limit], progress)
+    if not used:
         raise InputError(f"none of the {len(skipped)} images in {dataset.folder} can be used; the first: {skipped[0]['reason']}")
     return {
         "dataset": {
             "name": dataset.name,
-            "images": len(judged),
-            "annotations": sum(entry.image_id in judged for entry in dataset.annotations),
+            "images": len(used),
+            "annotations": sum(entry.image_id in used for entry in dataset.annotations),
             "annotations_left_out": dataset.left_out,
             "boxes_repaired": dataset.repaired,
         },
@@ -93,7 +93,7 @@ def validate(
         "grids": [{"grid": grid, "gmacs": gmacs} for grid, gmacs in sorted(grid_gmacs.items())],
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
-        "policies": {name: _judge(run, dataset.truth, judged, grid_gmacs) for name, run in runs.items()},
+        "policies": {name: _figures(run, dataset.truth, used, grid_gmacs) for name, run in runs.items()},
     }
 
 
@@ -130,7 +130,7 @@ class _Run:
         timed_prediction(predictor, image, self.policy.budget_gmacs, self.policy.grid_override)
 
     def add(self, predictor: Predictor, image: Any, image_id: int) -> None:
-        """Run on an image and record what was found."""
+        """Run on an image and record the detections, grids and latencies."""
         instances = timed_prediction(predictor, image, self._keeper.budget_gmacs(), self.policy.grid_override)
         self._keeper.spend(instances.grids)
         self.statistics.add(instances)
@@ -146,7 +146,7 @@ def _run_all(
     images: Sequence[CocoImage],
     progress: Callable[[int, int], None] | None,
 ) -> tuple[set[int], list[dict[str, str]]]:
-    judged: set[int] = set()
+    used: set[int] = set()
     skipped: list[dict[str, str]] = []
     order = list(runs.values())
     for done, record in enumerate(images):
@@ -155,16 +155,16 @@ def _run_all(
         except InputError as error:
             skipped.append({"image": record.file_name, "reason": str(error)})
         else:
-            if not judged:
+            if not used:
                 for run in order:
                     run.warm_up(predictor, image)
             for run in order:
                 run.add(predictor, image, record.id)
-            judged.add(record.id)
+            used.add(record.id)
             order = order[1:] + order[:1]
         if progress is not None:
             progress(done + 1, len(images))
-    return judged, skipped
+    return used, skipped
 
 
 def _bundle(predictor: Predictor) -> dict[str, Any]:
@@ -178,8 +178,8 @@ def _bundle(predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def _judge(run: _Run, truth: Mapping[str, Any], judged: set[int], grid_gmacs: Mapping[int, float]) -> dict[str, Any]:
-    result: dict[str, Any] = {**evaluate_coco(truth, run.detections, IOU_TYPES, judged), **run.statistics.summary()}
+def _figures(run: _Run, truth: Mapping[str, Any], used: set[int], grid_gmacs: Mapping[int, float]) -> dict[str, Any]:
+    result: dict[str, Any] = {**evaluate_coco(truth, run.detections, IOU_TYPES, used), **run.statistics.summary()}
     if run.policy.grid_override == MSM:
         result["routing"] = _routing(run, truth["categories"], grid_gmacs)
     return result
