@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from runtime.bench import Eager, Frame
     from runtime.bundle import Manifest
 
-app = typer.Typer(help="Latency, side by side in one run.", no_args_is_help=True)
+app = typer.Typer(help="Latency of the mask branch, or of a whole frame beside another model.", no_args_is_help=True)
 
 DRAWN_IMAGES = 8
-"""Images of shapes that are drawn where none are given."""
+"""Number of images of shapes that are drawn if no folder is given."""
 
 
 class Peer(str, enum.Enum):
-    """Whom to compare a frame with."""
+    """The other model."""
 
     maskrcnn = "torchvision-maskrcnn"
 
@@ -36,18 +36,18 @@ class PeerSize(str, enum.Enum):
 @app.command()
 def routing(
     bundle: BundleFolder,
-    instances: Annotated[int, typer.Option(help="Instances in the image.")] = 100,
-    distribution: Annotated[str, typer.Option(metavar="A,B,C,D", help="Their parts at 14, 28, 56 and 112.")] = "35,34,21,10",
-    repeats: Annotated[int, typer.Option(help="Timed rounds; medians are given.")] = 20,
+    instances: Annotated[int, typer.Option(help="Number of instances in the image.")] = 100,
+    distribution: Annotated[str, typer.Option(metavar="A,B,C,D", help="Shares of the instances at 14, 28, 56 and 112.")] = "35,34,21,10",
+    repeats: Annotated[int, typer.Option(help="Timed rounds; the figures are medians.")] = 20,
     checkpoint: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="The checkpoint or preset that the bundle was exported from: its mask branch in PyTorch is measured too."),
+        typer.Option(help="The checkpoint or preset that the bundle was exported from; its mask branch in PyTorch is timed too."),
     ] = None,
     target: Target = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of the engine, and of PyTorch; all cores by default.")] = None,  # noqa: UP045
     json: Json = None,
 ) -> None:
-    """Time the mask branch: instances spread over the grids against all at 112.
+    """Mask-branch latency: routed, and with all instances at one grid.
 
     Example: dynamask bench routing lite0.bundle --instances 100 --distribution 35,34,21,10
     """
@@ -67,15 +67,17 @@ def routing(
 @app.command()
 def latency(
     bundle: BundleFolder,
-    against: Annotated[Peer, typer.Option(help="The peer, with random weights, in PyTorch on the CPU.")] = Peer.maskrcnn,
-    peer_size: Annotated[PeerSize, typer.Option(help="The peer's input: the bundle's canvas, or 800 x 1333 as usual.")] = PeerSize.same,
+    against: Annotated[Peer, typer.Option(help="The other model, with random weights, in PyTorch on the CPU.")] = Peer.maskrcnn,
+    peer_size: Annotated[
+        PeerSize, typer.Option(help="The other model's input: same is the bundle's canvas, usual is 800 x 1333.")
+    ] = PeerSize.same,
     images: Annotated[Optional[Path], typer.Option(help="A folder of images; drawn shapes by default.")] = None,  # noqa: UP045
-    repeats: Annotated[int, typer.Option(help="Times that every image is taken.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Rounds over the images.")] = 3,
     target: Target = "auto",
     threads: Annotated[Optional[int], typer.Option(min=1, help="CPU threads of the engine, and of PyTorch; all cores by default.")] = None,  # noqa: UP045
     json: Json = None,
 ) -> None:
-    """Time a whole frame, from the decoded image to pasted masks, against a peer on the same images in turns.
+    """Latency of a frame, from the decoded image to pasted masks, beside another model on the same images.
 
     Example: dynamask bench latency lite0.bundle --against torchvision-maskrcnn
     """

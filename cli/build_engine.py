@@ -1,4 +1,4 @@
-"""`dynamask build-engine`: makes what a target runs from a bundle's graph."""
+"""`dynamask build-engine`: builds the engine of a bundle for a target."""
 
 from __future__ import annotations
 
@@ -15,43 +15,42 @@ Value = TypeVar("Value")
 
 
 def build_engine(
-    bundle: Annotated[Path, typer.Argument(help="The folder that dynamask export wrote; the engine is put into it.")],
-    target: Annotated[
-        str, typer.Option(help="What the engine is for: onnxruntime (CPU), tensorrt-rtx (RTX GPUs), tensorrt (Jetson, servers).")
-    ] = "onnxruntime",
+    bundle: Annotated[Path, typer.Argument(help="The folder that dynamask export wrote; the engine is written into it.")],
+    target: Annotated[str, typer.Option(help="onnxruntime (CPU), tensorrt-rtx (RTX GPUs) or tensorrt (Jetson, servers).")] = "onnxruntime",
     precision: Annotated[
         str,
         typer.Option(
-            help="Of weights and activations: fp32 (without TF32) or fp16; boxes, scores and routing are fp32 in both. "
-            "With onnxruntime, fp16 shows on the CPU what the rounding costs in accuracy, and is not faster."
+            help="Weights and activations: fp32 (without TF32) or fp16. Boxes, scores and routing are fp32 in both. "
+            "With onnxruntime, fp16 emulates a GPU's rounding, to measure its cost in accuracy; it is not faster."
         ),
     ] = "fp32",
     compute_capability: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             metavar="CC[,CC…]",
-            help="Of the GPUs that the plugins' kernels are compiled for: 8.7 is Jetson Orin, 8.9 the RTX 40 series. May be given again. "
-            "By default that of the GPU at hand; where there is none, 8.0, 8.6, 8.7, 8.9, 9.0 and 12.0.",
+            help="GPUs to compile the plugins' kernels for: 8.7 is Jetson Orin, 8.9 the RTX 40 series. Repeatable. "
+            "Default: this machine's GPU; without one, 8.0, 8.6, 8.7, 8.9, 9.0 and 12.0.",
         ),
     ] = None,
     batch: Annotated[
-        str, typer.Option(metavar="N|LEAST:LIKELY:MOST", help="Images that a run takes: always N, or any number from LEAST to MOST.")
+        str,
+        typer.Option(metavar="N|MIN:OPT:MAX", help="A batch size or an optimization profile: any batch from MIN to MAX, tuned for OPT."),
     ] = "1",
     size: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            metavar="HxW|LEAST:LIKELY:MOST",
-            help="Canvas in pixels, multiples of 32; by default the bundle's. With a range, 224x384:224x384:384x384, no work is done on "
-            "the padding of images that do not fill the canvas.",
+            metavar="HxW|MIN:OPT:MAX",
+            help="Canvas in pixels, multiples of 32; the bundle's by default. With a range, 224x384:224x384:384x384, an image gets the "
+            "smallest canvas that holds it, so that the GPU computes less padding.",
         ),
     ] = None,
     json: Json = None,
 ) -> None:
-    """Build an engine in the bundle, in place of an earlier one for the same target; one whose inputs have not changed is kept.
+    """Build the engine of a bundle for a target. It replaces an earlier one for that target, unless nothing has changed since.
 
-    An engine takes one image at a time on the canvas that the bundle was exported with, unless --batch and --size, for TensorRT, say more;
-    how many instances an image has may always vary.
-    Engines for tensorrt-rtx are built on any machine, with or without a GPU; those for tensorrt on the GPU that will run them.
+    An engine takes one image at a time on the bundle's canvas; for TensorRT, --batch and --size change that. The number of instances in an
+    image may always vary.
+    Engines for tensorrt-rtx are built on any machine, with or without a GPU; engines for tensorrt are built on the GPU that runs them.
 
     Example: dynamask build-engine lite0.bundle --target tensorrt-rtx --precision fp16 --compute-capability 8.9 --batch 1:4:8
     """
@@ -63,8 +62,8 @@ def build_engine(
     from runtime.files import write_json
 
     capabilities = [part.strip() for given in compute_capability or () for part in given.split(",") if part.strip()]
-    batches = _three("--batch", batch, _count, "4, say, or 1:4:8")
-    canvases = None if size is None else _three("--size", size, parse_size, "384x384, say, or 224x384:224x384:384x384")
+    batches = _parse_profile("--batch", batch, _count, "4 or 1:4:8")
+    canvases = None if size is None else _parse_profile("--size", size, parse_size, "384x384 or 224x384:224x384:384x384")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         phases = _Phases(progress)
         result = engine.build_engine(bundle, target, precision, capabilities, batches, canvases, phases.update)
@@ -73,22 +72,22 @@ def build_engine(
     typer.echo(_summary(result))
 
 
-def _three(option: str, given: str, parse: Callable[[str], Value], example: str) -> tuple[Value, Value, Value]:
-    """One value is all three."""
+def _parse_profile(option: str, given: str, parse: Callable[[str], Value], example: str) -> tuple[Value, Value, Value]:
+    """The values MIN, OPT and MAX of an option; a single value is all three."""
     values = [parse(part) for part in given.split(":")]
     if len(values) not in (1, 3):
-        raise InputError(f"{option} {given} is neither one value nor three, LEAST:LIKELY:MOST; give {example}.")
+        raise InputError(f"{option} {given} is neither one value nor MIN:OPT:MAX; give {example}.")
     return values[0], values[len(values) // 2], values[-1]
 
 
 def _count(given: str) -> int:
     if not given.isdecimal():
-        raise InputError(f"--batch {given} is not a number of images; give 4, say, or 1:4:8.")
+        raise InputError(f"--batch {given} is not a number of images; give 4 or 1:4:8.")
     return int(given)
 
 
 class _Phases:
-    """A bar for every phase that is under way."""
+    """A progress bar for each phase in progress."""
 
     def __init__(self, progress: Any) -> None:
         self._progress = progress
@@ -115,10 +114,11 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 def _profile(batch: Sequence[int], canvas: Sequence[Sequence[int]]) -> str:
-    """What a run takes, where it is not one image on one canvas."""
-    least, likely, most = batch
+    """The images that a run takes, in words; empty for one image on one canvas."""
+    smallest, tuned, largest = batch
     sizes = [f"{height}x{width}" for height, width in canvas]
-    if most == 1 and len(set(sizes)) == 1:
+    if largest == 1 and len(set(sizes)) == 1:
         return ""
-    images = "1 image" if most == 1 else f"{most} images" if least == most else f"{least} to {most} images, tuned for {likely},"
+    several = f"{largest} images" if smallest == largest else f"{smallest} to {largest} images, tuned for {tuned},"
+    images = "1 image" if largest == 1 else several
     return f"a run takes {images} " + (f"of {sizes[0]}" if len(set(sizes)) == 1 else f"of {sizes[0]} to {sizes[2]}, tuned for {sizes[1]}")

@@ -23,6 +23,7 @@ from export.seams import HERE, ONWARD, RPN_DELTAS, RPN_LOGITS, GraphFacts, read_
 from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
 from runtime.graph import DETECTIONS, PYRAMID, SLOTS
+from trt_plugins.msm_route.operator import SIZES
 from trt_plugins.operator import DType, Operator, TensorSpec
 from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX
 
@@ -140,7 +141,7 @@ def lower_routing(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
         "costs": list(facts.costs),
     }
     node = _operator("MsmRoute", "msm_route", attributes, [*map(_widened, inputs), _finest_map(graph)])
-    replace_between(graph, inputs, _seams(graph, "grids", *ONWARD, *HERE, *SLOTS), node, sizes=["n1", "n2", "n3", "m0", "m1", "m2", "m3"])
+    replace_between(graph, inputs, _seams(graph, "grids", *ONWARD, *HERE, *SLOTS), node, sizes=SIZES)
     return 1
 
 

@@ -214,8 +214,8 @@ def _digest(spec: KernelSpec, capability: str) -> str:
 
 
 def _sources(module: str) -> list[bytes]:
-    """The text of a module and of those of its own package that it imports, directly or not; none is executed."""
-    package = module.split(".")[0]
+    """The text of a module and of those of its own package and of `runtime` that it imports, directly or not; none is executed."""
+    packages = {module.split(".")[0], "runtime"}
     sources: dict[Path, bytes] = {}
     waiting = [module]
     while waiting:
@@ -228,7 +228,7 @@ def _sources(module: str) -> list[bytes]:
                 waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
                 waiting += [alias.name for alias in node.names]
-        waiting = [name for name in waiting if name.split(".")[0] == package]
+        waiting = [name for name in waiting if name.split(".")[0] in packages]
     return [sources[file] for file in sorted(sources)]
 
 

@@ -1,6 +1,6 @@
-"""The CUDA driver, as far as an engine needs it: memory, copies, streams, events, kernels and graphs on the first visible GPU.
+"""The part of the CUDA driver API that an engine needs: memory, copies, streams, events and kernels on the first visible GPU.
 
-Two Python packages give access to it: cuda-python (`cuda.bindings`), and pycuda, which a Jetson has long had.
+Two Python packages give access to it: cuda-python (`cuda.bindings`), and pycuda, which is common on a Jetson.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Bytes = npt.NDArray[np.uint8]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 POOL_BYTES = 512 << 20
-"""What the device's memory pool keeps when nobody holds it. By default it keeps nothing: TensorRT's mask branch, whose sizes depend on the
-image, would ask the operating system for its memory anew with every frame."""
+"""Freed memory that the device's memory pool keeps. Its default is to keep none: TensorRT's mask branch, whose sizes depend on the image,
+would then allocate memory from the operating system again in every frame."""
 MAX_SHARED_BYTES = 48 * 1024
-"""Dynamic shared memory that a kernel may have without asking for more."""
+"""Dynamic shared memory that a kernel may use without a function attribute that allows more."""
 _NON_BLOCKING = 1
 """`CU_STREAM_NON_BLOCKING`: the stream does not wait for the default stream, nor the default stream for it."""
 
@@ -41,9 +41,9 @@ class Memory(NamedTuple):
 class Driver(Protocol):
     """The first visible GPU in its primary context, which TensorRT uses too.
 
-    Addresses and streams are plain integers, as TensorRT takes them; events, kernels and graphs are whatever the package makes of them.
-    Everything but `current` is to be called inside `with driver.current()`, by one thread at a time. A call that fails raises
-    `DynaMaskError` with the name of CUDA's function.
+    Addresses and streams are plain integers, as TensorRT takes them; events and kernels are objects of the Python package.
+    Call everything but `current` inside `with driver.current()`, from one thread at a time. A call that fails raises `DynaMaskError`
+    with the name of the CUDA function.
     """
 
     device: str
@@ -52,25 +52,25 @@ class Driver(Protocol):
     """`8.7`."""
 
     def current(self) -> contextlib.AbstractContextManager[None]:
-        """Make the context this thread's for a while; the one before comes back."""
+        """Make the context current in this thread; at the end of the block, the previous one is current again."""
 
     def memory(self) -> Memory:
-        """What is free and what there is, of all processes."""
+        """Free and total memory of the device, over all processes."""
 
     def allocate(self, size: int) -> int:
         """The address of new memory on the device, `size` bytes, aligned to 256."""
 
     def free(self, address: int) -> None:
-        """Give back what `allocate` gave."""
+        """Free memory of `allocate`."""
 
     def allocate_pinned(self, size: int) -> Bytes:
-        """Memory of the host that stays in place, `[size] uint8`: copies from and to it overlap with other work."""
+        """Page-locked host memory, `[size] uint8`: copies from and to it run beside other work."""
 
     def free_pinned(self, memory: Bytes) -> None:
-        """Give back what `allocate_pinned` gave; nothing may look at it any more."""
+        """Free memory of `allocate_pinned`; no array may use it any more."""
 
     def to_device(self, address: int, source: npt.NDArray[Any], stream: int) -> None:
-        """Enqueue a copy of an array in pinned memory; it must not change until that is done."""
+        """Enqueue a copy of an array in pinned memory; the array must not change until the copy is done."""
 
     def to_host(self, destination: npt.NDArray[Any], address: int, stream: int) -> None:
         """Enqueue a copy into an array in pinned memory."""
@@ -79,41 +79,32 @@ class Driver(Protocol):
         """A stream that does not wait for the default stream."""
 
     def destroy_stream(self, stream: int) -> None:
-        """Give back what `create_stream` gave."""
+        """Destroy a stream of `create_stream`."""
 
     def synchronize(self, stream: int) -> None:
-        """Wait until everything in a stream is done."""
+        """Wait until all work in a stream is done."""
 
     def create_event(self) -> Any:
-        """An event that knows its time; it frees itself."""
+        """An event that records a time; it frees itself."""
 
     def record(self, event: Any, stream: int) -> None:
-        """Enqueue an event: it takes the time at which everything before it is done."""
+        """Enqueue an event: it records the time at which all earlier work in the stream is done."""
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        """Milliseconds between two recorded events that are past."""
+        """Milliseconds between two events that have been reached."""
 
     def load_kernel(self, cubin: bytes, entry: str, arguments: str, threads: int, shared: int) -> Any:
-        """A kernel out of a cubin; it stays loaded until it is no longer referred to.
+        """A kernel of a cubin; it stays loaded as long as something refers to it.
 
         Args:
             entry: its name in the cubin.
             arguments: their types, one letter each, as in Python's `struct`: `P` (address), `i`, `q`, `f`.
-            threads: of a block.
-            shared: dynamic shared memory of a block, bytes.
+            threads: threads of a block.
+            shared: dynamic shared memory of a block, in bytes.
         """
 
     def launch(self, kernel: Any, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float]) -> None:
-        """Enqueue a kernel that `load_kernel` gave."""
-
-    def begin_capture(self, stream: int) -> None:
-        """Let what this thread enqueues to a stream from now on become a graph instead of being done."""
-
-    def end_capture(self, stream: int) -> Any:
-        """The graph, ready to be launched again and again; it frees itself."""
-
-    def launch_graph(self, graph: Any, stream: int) -> None:
-        """Enqueue a graph."""
+        """Enqueue a kernel of `load_kernel`."""
 
 
 def open_driver() -> Driver:
@@ -142,7 +133,7 @@ def _no_gpu(reason: str) -> InputError:
 
 
 class _Kernel(NamedTuple):
-    """A function of a loaded module, and the memory its arguments are written to for every launch."""
+    """A function of a loaded module, and the memory that holds its arguments in each launch."""
 
     module: Any
     """Unloads itself."""
@@ -266,16 +257,6 @@ class CudaPython:
         block, pointers = (kernel.threads, 1, 1), ctypes.addressof(kernel.pointers)
         self._call("cuLaunchKernel", kernel.function, *grid, *block, kernel.shared, stream, pointers, 0)
 
-    def begin_capture(self, stream: int) -> None:
-        self._call("cuStreamBeginCapture", stream, self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-
-    def end_capture(self, stream: int) -> Any:
-        graph = _Owner(self._call("cuStreamEndCapture", stream), self._cuda.cuGraphDestroy)
-        return _Owner(self._call("cuGraphInstantiate", graph.handle, 0), self._cuda.cuGraphExecDestroy)
-
-    def launch_graph(self, graph: Any, stream: int) -> None:
-        self._call("cuGraphLaunch", graph.handle, stream)
-
 
 def _named(method: Method) -> Method:
     """A method whose pycuda errors, which name the CUDA function, become `DynaMaskError`."""
@@ -388,18 +369,6 @@ class PyCuda:
     def launch(self, kernel: Any, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float]) -> None:
         _, function, block, shared = kernel
         function.prepared_async_call(grid, block, self._own_stream(stream), *arguments, shared_size=shared)
-
-    @_named
-    def begin_capture(self, stream: int) -> None:
-        self._streams[stream].begin_capture(self._cuda.capture_mode.THREAD_LOCAL)
-
-    @_named
-    def end_capture(self, stream: int) -> Any:
-        return self._streams[stream].end_capture().instantiate()
-
-    @_named
-    def launch_graph(self, graph: Any, stream: int) -> None:
-        graph.launch(self._streams[stream])
 
     def _own_stream(self, stream: int) -> Any:
         if stream not in self._streams:

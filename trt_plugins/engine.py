@@ -1,7 +1,7 @@
-"""TensorRT, and TensorRT for RTX: the whole graph as one engine, routed on the GPU by this project's plugins.
+"""Runs an engine of TensorRT or TensorRT for RTX: the whole graph, routed on the GPU by this project's plugins.
 
-All of an engine's work is in one CUDA stream. CUDA graphs cannot hold it, TensorRT for RTX's own neither: the sizes of the mask branch
-depend on the image, and TensorRT waits for them while it enqueues, which ends a capture.
+An engine enqueues all its work to one CUDA stream. It cannot be captured in a CUDA graph: the sizes in the mask branch depend on the image,
+and TensorRT waits for them while it enqueues, which ends a capture.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ if TYPE_CHECKING:
 
 ENGINE = "engine.bin"
 _LOADING = threading.Lock()
-"""Plugins take the launcher that is registered while their engine is loaded: one engine at a time."""
+"""Held while an engine is loaded: its plugins take the launcher that is registered at that time."""
 
 
 @dataclass(eq=False)
 class Tensor:
-    """An input or output of the engine, with room for its largest size on the device and in pinned memory."""
+    """An input or output of the engine, with buffers for its largest size on the device and in pinned memory."""
 
     address: int
-    room: npt.NDArray[Any]
-    """`[most items]`, pinned."""
+    buffer: npt.NDArray[Any]
+    """Pinned memory for the largest size, flat."""
     shape: tuple[int, ...]
-    """In the last run, or the one that begins."""
+    """The shape in the current run."""
 
     @property
     def host(self) -> npt.NDArray[Any]:
         """The pinned memory in the tensor's shape."""
-        return self.room[: math.prod(self.shape)].reshape(self.shape)
+        return self.buffer[: math.prod(self.shape)].reshape(self.shape)
 
 
 class TensorRTEngine:
     """A bundle's engine on the first visible GPU: its execution context, its stream, and its buffers at their largest size.
 
-    For one thread at a time, which need not be the one that opened it.
+    One thread may use it at a time; it need not be the thread that opened it.
     """
 
     def __init__(self, bundle: Bundle, target: str) -> None:
@@ -65,7 +65,7 @@ class TensorRTEngine:
 
         Raises:
             InputError: the engine is not built or damaged; TensorRT, cuda-python or a GPU is missing; the engine was built by another
-                TensorRT or for other GPUs, or does not fit the memory that is free.
+                version of TensorRT or for other GPUs, or the free memory is too small for it.
             DynaMaskError: TensorRT or CUDA failed.
         """
         entry = bundle.engine(target)
@@ -87,12 +87,12 @@ class TensorRTEngine:
             resources.callback(self._launcher.unload)
             with _LOADING:
                 self._plugins = register(trt, self._launcher)
-                with self._needing(self._path.stat().st_size):
+                with self._explaining_out_of_memory(self._path.stat().st_size):
                     self._engine = self._deserialise(trt, entry)
                 self._cache = self._runtime_cache(trt, entry) if target == "tensorrt-rtx" else None
-                with self._needing(self._engine.device_memory_size_v2):
+                with self._explaining_out_of_memory(self._engine.device_memory_size_v2):
                     self._context = self._create_context()
-            # TensorRT keeps pointers to them, nothing more.
+            # TensorRT keeps only pointers to them.
             self._allocators: dict[str, tensorrt.IOutputAllocator] = {}
             self._tensors = self._create_tensors(trt, resources)
             self._resources = resources.pop_all()
@@ -104,32 +104,21 @@ class TensorRTEngine:
         self.close()
 
     def close(self) -> None:
-        """Free the engine and all its memory; the GPU's context stays, as the process has one for all."""
+        """Free the engine and all its memory. The GPU's context stays: all engines of the process share it."""
         with self._driver.current():
             if self._cache is not None:
                 self._cache.save()
-            # The context first: it does not hold the runtime's configuration, which the cache has.
+            # The context first: it does not keep the runtime configuration alive, which the cache owns.
             self._context = self._engine = cast(Any, None)
             self._start = self._detected = self._cache = None
             self._resources.close()
 
-    @property
-    def memory_bytes(self) -> int:
-        """GPU memory that the engine holds: weights (the size of the engine's file), activations and workspaces, inputs and outputs.
-
-        It does not grow. On top come what CUDA itself takes for its context, code that TensorRT for RTX compiles, and the mask branch's
-        activations, as many as an image has instances: TensorRT takes them from the device's pool, which keeps up to
-        `trt_plugins.driver.POOL_BYTES` from one run to the next.
-        """
-        buffers = sum(tensor.room.nbytes for tensor in self._tensors.values())
-        return self._path.stat().st_size + self._engine.device_memory_size_v2 + buffers
-
     def run(
         self, image: npt.NDArray[np.float32], budget_gmacs: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
     ) -> EngineOutput:
-        """As `Engine.run`; `times_ms` are apart where the GPU has the detections, and include the copies.
+        """As `Engine.run`. `times_ms` are split at the time when the GPU has the detections, and include the copies.
 
-        Fewer images than the profile's least are filled up with empty canvases, which are left out of what is given.
+        If there are fewer images than the profile's minimum, empty canvases are added and their results dropped.
 
         Raises:
             InputError: as there, or the engine's kernels are not those of this version.
@@ -147,18 +136,18 @@ class TensorRTEngine:
             self._set_input_shapes(max(images, self.profile.batch[0]), (height, width))
             for name in tensors.keys() - self._allocators.keys():
                 tensors[name].shape = sizes(self._context.get_tensor_shape(name))
-            canvases, least, limit, given = (tensors[name].host for name in INPUTS)
+            canvases, min_scores, budgets, given = (tensors[name].host for name in INPUTS)
             canvases[:images], canvases[images:] = image, 0
-            # With a grid given, what is found on an empty canvas has no part in the budget; the smallest costs least.
+            # Detections on an empty canvas get a fixed grid, so that the budget does not count them; the smallest grid costs least.
             given[:slots], given[slots:] = overrides, 0
-            least[...], limit[...] = min_score, budget_gmacs or 0.0
+            min_scores[...], budgets[...] = min_score, budget_gmacs or 0.0
             # The stream is idle: the event's time is now.
             filled = time.perf_counter()
             driver.record(self._start, stream)
             for name in INPUTS:
                 driver.to_device(tensors[name].address, tensors[name].host, stream)
             self._execute()
-            # TensorRT has told the sizes: it waited for them itself.
+            # TensorRT waited for the sizes itself, so they are known.
             for name in OUTPUTS:
                 if tensors[name].host.size:
                     driver.to_host(tensors[name].host, tensors[name].address, stream)
@@ -194,7 +183,7 @@ class TensorRTEngine:
             )
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if names != {*INPUTS, *OUTPUTS}:
-            raise InputError(f"{self._path} takes and gives {', '.join(sorted(names))}, which is no DynaMask; {self._remedy}")
+            raise InputError(f"{self._path} takes and gives {', '.join(sorted(names))}, and is not a DynaMask engine; {self._remedy}")
         return engine
 
     def _runtime_cache(self, trt: TensorRT, entry: EngineEntry) -> RuntimeCache:
@@ -206,15 +195,15 @@ class TensorRTEngine:
             created = self._engine.create_execution_context(*([] if self._cache is None else [self._cache.config]))
         context = cast("tensorrt.IExecutionContext | None", created)
         if context is None:
-            raise DynaMaskError(f"TensorRT could not prepare {self._path} to run ({self._logger.reason}).")
+            raise DynaMaskError(f"TensorRT could not create an execution context for {self._path} ({self._logger.reason}).")
         return context
 
     def _set_input_shapes(self, images: int, canvas: Canvas) -> None:
-        """Tell TensorRT the sizes of a run, where they are not those that it has."""
+        """Tell TensorRT the input shapes of a run, if they differ from the last run's."""
         for name, shape in {"image": (images, 3, *canvas), "grid_override": (images * self.manifest.detections,)}.items():
             if shape != sizes(self._context.get_tensor_shape(name)) and not self._context.set_input_shape(name, shape):
                 raise InputError(
-                    f"{self._path} does not take {list(shape)} as its {name}, which the manifest says that it does "
+                    f"{self._path} does not take {list(shape)} as its {name}, although the manifest says so "
                     f"({self._logger.reason}); {self._remedy}"
                 )
 
@@ -222,23 +211,23 @@ class TensorRTEngine:
         self._set_input_shapes(self.profile.batch[-1], self.profile.canvas[-1])
         shapes = {name: sizes(self._context.get_tensor_shape(name)) for name in (*INPUTS, *OUTPUTS)}
         types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
-        room = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
-        room |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
-        for name, size in room.items():
-            if size < 0:  # TensorRT knows no largest size of what has no profile.
-                raise DynaMaskError(f"TensorRT does not tell how large the output {name} of {self._path} can be; {self._remedy}")
-        with self._needing(sum(room.values())):
-            return {name: self._create_tensor(trt, name, shapes[name], types[name], room[name], resources) for name in room}
+        bytes_of = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
+        bytes_of |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
+        for name, size in bytes_of.items():
+            if size < 0:  # Without a profile TensorRT knows no largest size.
+                raise DynaMaskError(f"TensorRT does not say how large the output {name} of {self._path} can be; {self._remedy}")
+        with self._explaining_out_of_memory(sum(bytes_of.values())):
+            return {name: self._create_tensor(trt, name, shapes[name], types[name], size, resources) for name, size in bytes_of.items()}
 
     def _create_tensor(
         self, trt: TensorRT, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, resources: contextlib.ExitStack
     ) -> Tensor:
-        address, memory = self._driver.allocate(_whole(size)), self._driver.allocate_pinned(size)
+        address, memory = self._driver.allocate(_round_up(size)), self._driver.allocate_pinned(size)
         resources.callback(self._driver.free, address)
         resources.callback(self._driver.free_pinned, memory)
         tensor = Tensor(address, memory.view(dtype), shape)
         if -1 in shape:
-            # Not the inputs' shapes but their values decide.
+            # The shape depends on the values of the inputs.
             self._allocators[name] = _output_allocator(trt, tensor)
             self._context.set_output_allocator(name, self._allocators[name])
         else:
@@ -246,10 +235,10 @@ class TensorRTEngine:
         return tensor
 
     @contextlib.contextmanager
-    def _needing(self, size: int) -> Iterator[None]:
-        """What fails inside, and would take more memory than is free, fails for that.
+    def _explaining_out_of_memory(self, size: int) -> Iterator[None]:
+        """Re-raise a failure in this block as out-of-memory if `size` exceeds the free memory.
 
-        Nothing is refused beforehand: what is free on a Jetson leaves out the files that Linux keeps in memory, which make room.
+        Nothing is refused beforehand: the free memory of a Jetson does not count Linux's file cache, which shrinks when memory is needed.
         """
         free = self._driver.memory().free
         try:
@@ -258,8 +247,8 @@ class TensorRTEngine:
             if size <= free:
                 raise
             raise InputError(
-                f"{self._path} needs {_mib(size)} MiB more of the memory of {self._driver.device}, and {_mib(free)} MiB are free; "
-                "end what else runs there, or build it with --precision fp16."
+                f"{self._path} needs {_mib(size)} MiB of the memory of {self._driver.device}, and {_mib(free)} MiB are free; "
+                "end other programs that use the GPU, or build it with --precision fp16."
             ) from error
 
     def _execute(self) -> None:
@@ -268,13 +257,15 @@ class TensorRTEngine:
         if not done:
             raise DynaMaskError(f"TensorRT could not run {self._path} ({self._logger.reason}).")
         for name in self._allocators:
-            if -1 in self._tensors[name].shape:  # TensorRT 10.16 is said to do so on a Jetson.
-                raise DynaMaskError(f"TensorRT did not tell how large the output {name} of {self._path} is; take another version of it.")
+            if -1 in self._tensors[name].shape:  # Reported of TensorRT 10.16 on a Jetson.
+                raise DynaMaskError(
+                    f"TensorRT did not say how large the output {name} of {self._path} is; install another version of TensorRT."
+                )
 
 
 def _logger(trt: TensorRT) -> Any:
     class Logger(trt.ILogger):  # type: ignore[name-defined]
-        """Keeps the first error since `reason` was last asked for; says nothing itself."""
+        """Keeps the first error since `reason` was last read; prints nothing."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -292,21 +283,21 @@ def _logger(trt: TensorRT) -> Any:
     return Logger()
 
 
-def _whole(size: int) -> int:
-    """In whole units of 512 bytes, as TensorRT divides memory."""
+def _round_up(size: int) -> int:
+    """A size in bytes, rounded up to TensorRT's unit of 512 bytes."""
     return -(-size // 512) * 512
 
 
 def _output_allocator(trt: TensorRT, tensor: Tensor) -> tensorrt.IOutputAllocator:
     class OutputAllocator(trt.IOutputAllocator):  # type: ignore[name-defined]
-        """Gives TensorRT the room that an output has, and notes the shape it turns out to have."""
+        """Gives TensorRT the buffer of an output, and notes the output's shape."""
 
         def __init__(self) -> None:
             trt.IOutputAllocator.__init__(self)
 
         def reallocate_output_async(self, name: str, memory: int, size: int, alignment: int, stream: int) -> int:
-            # 0 tells TensorRT that there is no more.
-            return tensor.address if size <= _whole(tensor.room.nbytes) else 0
+            # 0 tells TensorRT that there is no memory.
+            return tensor.address if size <= _round_up(tensor.buffer.nbytes) else 0
 
         def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
             return self.reallocate_output_async(name, memory, size, alignment, 0)
@@ -318,7 +309,7 @@ def _output_allocator(trt: TensorRT, tensor: Tensor) -> tensorrt.IOutputAllocato
 
 
 def _masks(places: npt.NDArray[Any], logits: npt.NDArray[Any], slots: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Copies of the places, which rise, below `slots`, and of their logits."""
+    """Copies of the places below `slots`, and of their logits; the places are in rising order."""
     count = int(np.searchsorted(places, slots))
     return places[:count].copy(), logits[:count].copy()
 

@@ -16,9 +16,9 @@ _LETTERS = {"i32": "i", "i64": "q", "fp32": "f"}
 
 
 class KernelLauncher:
-    """Launches an engine's kernels for its plugins; each is loaded when it is first needed.
+    """Launches the compiled kernels of an engine for its plugins. A kernel is loaded at its first launch.
 
-    After every kernel of the detections it records the event `detected`, so that its last record is where the mask branch begins.
+    After each kernel of `Detections` it records the event `detected`; its last record marks the beginning of the mask branch.
     """
 
     def __init__(self, driver: Driver, kernels: Mapping[str, CompiledKernel], detected: Any, remedy: str) -> None:
@@ -29,7 +29,7 @@ class KernelLauncher:
         self._loaded: dict[KernelSpec, Any] = {}
 
     def __call__(self, launch: Launch, inputs: Sequence[int], outputs: Sequence[int], workspace: int, stream: int) -> None:
-        """Enqueue a launch; the addresses are those that its buffers number.
+        """Enqueue a launch, with the addresses of the plugin's inputs, outputs and workspace.
 
         Raises:
             InputError: the engine was built without this kernel.
@@ -45,13 +45,13 @@ class KernelLauncher:
                 return argument
             return workspace + argument.offset if argument.kind == "workspace" else tensors[argument.kind][argument.index]
 
-        # The last two: Triton's scratch memory, which these kernels do not use.
+        # The last two arguments are Triton's scratch memory, which these kernels do not use.
         self._driver.launch(self._loaded[spec], launch.grid, stream, [*map(value, launch.arguments), 0, 0])
         if spec.module == DETECTIONS_KERNELS:
             self._driver.record(self._detected, stream)
 
     def unload(self) -> None:
-        """Free the kernels; TensorRT does not free the plugins that refer to this launcher."""
+        """Free the kernels. TensorRT keeps plugins alive that refer to this launcher."""
         self._loaded.clear()
         self._kernels = {}
         self._detected = None
@@ -61,6 +61,6 @@ class KernelLauncher:
         if kernel is None:
             raise InputError(f"The engine was built by another version of DynaMask, without the kernel {spec.key}; {self._remedy}")
         if kernel.global_scratch or kernel.profile_scratch:
-            raise DynaMaskError(f"The kernel {spec.key} wants scratch memory of Triton's, which engines do not give.")
+            raise DynaMaskError(f"The kernel {spec.key} needs scratch memory of Triton, which engines do not have.")
         letters = "".join("P" if kind.startswith("*") else _LETTERS[kind] for _, kind in kernel.signature)
         return self._driver.load_kernel(kernel.cubin, kernel.entry, letters + "PP", 32 * kernel.num_warps, kernel.shared)

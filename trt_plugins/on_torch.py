@@ -34,11 +34,11 @@ def run(operator: Operator, inputs: Sequence[Tensor]) -> list[Tensor]:
     specs = [spec_of(tensor) for tensor in inputs]
     operator.check_inputs(specs)
     shapes = operator.output_shapes([list(spec.shape) for spec in specs])
-    room = operator.room(specs)
-    outputs = [_garbage(spec.items, spec.dtype, device).view([spec.size(axis) for axis in range(len(spec.shape))]) for spec in room]
+    output_specs = operator.max_output_specs(specs)
+    outputs = [_garbage(spec.items, spec.dtype, device).view([spec.size(axis) for axis in range(len(spec.shape))]) for spec in output_specs]
     workspace = _garbage(operator.workspace(specs).bytes, "bool", device).view(torch.uint8)
     allowed = {spec.key for spec in operator.kernels(specs)}
-    for launch in operator.launches(specs, room):
+    for launch in operator.launches(specs, output_specs):
         assert launch.kernel.key in allowed, f"{launch.kernel} is not among {operator.name}.kernels()"
         start(launch, inputs, outputs, workspace)
     return [_cut(output, shape, outputs) for output, shape in zip(outputs, shapes, strict=True)]

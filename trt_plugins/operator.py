@@ -27,6 +27,7 @@ ALIGNMENT = 256
 """Bytes: what every part of a workspace begins at a multiple of."""
 
 AttributeValue = int | float | tuple[int, ...] | tuple[float, ...]
+Constant = int | float | bool | tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class KernelSpec:
     function: str
     signature: tuple[tuple[str, str], ...]
     """The arguments that are not constants, in order: `("x", "*fp16")`, `("n", "i32")`."""
-    constants: tuple[tuple[str, int | float | bool], ...] = ()
+    constants: tuple[tuple[str, Constant], ...] = ()
     num_warps: int = 4
     num_stages: int = 2
 
@@ -228,7 +229,7 @@ class Operator(ABC):
         """What to launch, in order, for these inputs. Data-dependent outputs have room for their largest size, and their own sizes are
         written by the kernels. Nothing is zeroed beforehand: neither outputs nor workspace."""
 
-    def room(self, inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    def max_output_specs(self, inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
         """The outputs for inputs of these shapes, data-dependent ones at their largest."""
         shapes = self.output_shapes([spec.shape for spec in inputs])
         types = self.output_types([spec.dtype for spec in inputs])

@@ -253,7 +253,7 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
             if shapes not in self.launches:
                 specs = [TensorSpec(shape, _name(desc.type)) for shape, desc in zip(shapes, input_desc, strict=True)]
                 # Not output_desc: the room for a data-dependent output is its upper bound, which TensorRT does not promise to say.
-                launches = self.operator.launches(specs, self.operator.room(specs))
+                launches = self.operator.launches(specs, self.operator.max_output_specs(specs))
                 self.launches[shapes] = [launch for launch in launches if 0 not in launch.grid]
             for launch in self.launches[shapes]:
                 self.launcher(launch, inputs, outputs, workspace, stream)

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class RuntimeCache:
-    """What TensorRT for RTX compiles for the GPU when an engine first runs there, kept in a file for the next time.
+    """The compiled code of an engine, read from a file and written back to it.
 
-    The file only saves time: one that does not fit is refused by TensorRT, and one that cannot be written is done without.
+    The file only saves time. TensorRT ignores a file that does not fit; a file that cannot be written is not an error.
     """
 
     def __init__(self, trt: TensorRT, engine: tensorrt.ICudaEngine, path: Path) -> None:
-        # TensorRT has no such thing.
+        # Only TensorRT for RTX has this class; the stubs are TensorRT's.
         self.config = cast(Any, engine).create_runtime_config()
         """For `create_execution_context`."""
-        # The number of instances changes from frame to frame: kernels made for one number would be compiled without end.
+        # The number of instances changes from frame to frame: kernels specialised for one number would be compiled again and again.
         self.config.dynamic_shapes_kernel_specialization_strategy = cast(Any, trt).DynamicShapesKernelSpecializationStrategy.NONE
         self._cache = self.config.create_runtime_cache()
         self._path = path
@@ -37,7 +37,7 @@ class RuntimeCache:
         self.config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        """Write the file, if there is something new."""
+        """Write the file, if there is new code."""
         content = self._cache.serialize()
         if content is None or bytes(content) == self._saved:
             return

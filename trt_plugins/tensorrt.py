@@ -32,7 +32,7 @@ _INSTALL = {
 
 
 class TensorRT(Protocol):
-    """What this project uses of `tensorrt` and `tensorrt_rtx` alike, as `tensorrt-stubs` types it."""
+    """The part of `tensorrt` and `tensorrt_rtx` that this project uses, with the types of `tensorrt-stubs`."""
 
     __name__: str
     __version__: str
@@ -64,10 +64,10 @@ class TensorRT(Protocol):
     int64: tensorrt.DataType
 
     def get_plugin_registry(self) -> tensorrt.IPluginRegistry:
-        """Of the process."""
+        """The registry of this process."""
 
     def nptype(self, trt_type: tensorrt.DataType) -> npt.DTypeLike:
-        """NumPy's type."""
+        """The NumPy type of a TensorRT type."""
 
 
 def load(target: str) -> TensorRT:

@@ -36,7 +36,7 @@ from trt_plugins.deform_conv import DeformConv
 from trt_plugins.detections import Detections
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.on_torch import spec_of, start
-from trt_plugins.operator import Operator
+from trt_plugins.operator import Operator, TensorSpec
 from trt_plugins.paste_masks import PasteMasks
 from trt_plugins.proposals import Proposals
 from trt_plugins.roi_align import RoiAlign
@@ -226,12 +226,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def launch(operator: Operator, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The operator's outputs, data-dependent ones with room for their largest size: nothing is filled, and nothing waits for the GPU."""
     specs = [spec_of(tensor) for tensor in inputs]
-    room, device = operator.room(specs), inputs[0].device
-    outputs = [
-        torch.empty([spec.size(axis) for axis in range(len(spec.shape))], dtype=getattr(torch, spec.dtype), device=device) for spec in room
-    ]
+    output_specs, device = operator.max_output_specs(specs), inputs[0].device
+    outputs = [torch.empty(_shape(spec), dtype=getattr(torch, spec.dtype), device=device) for spec in output_specs]
     workspace = torch.empty(operator.workspace(specs).bytes, dtype=torch.uint8, device=device)
-    for each in operator.launches(specs, room):
+    for each in operator.launches(specs, output_specs):
         start(each, inputs, outputs, workspace)
     return outputs
 
@@ -278,11 +276,11 @@ def routed_masks(
     laterals, feature, logits = branch.rfpn.lateral(pyramid), branch.rfpn.tiny(region), []
     for k, (_, grid) in enumerate(STAGES):
         if k > 0:
-            onward = lists[f"onward_{grid}"][: sum(counts[k:])]
-            feature, boxes = feature.index_select(0, onward), boxes.index_select(0, onward)
+            continuing = lists[f"continue_{grid}"][: sum(counts[k:])]
+            feature, boxes = feature.index_select(0, continuing), boxes.index_select(0, continuing)
             feature = branch.rfpn.stages[k - 1](feature, launch(CROPS[k - 1], [laterals[k - 1], boxes])[0])
-        here, ending = (lists[f"{name}_{grid}"][: counts[k]] for name in ("here", "slots"))
-        logits.append(branch.heads.mask_logits(k, feature.index_select(0, here), labels.index_select(0, ending)))
+        exiting, slots_out = (lists[f"{name}_{grid}"][: counts[k]] for name in ("exit", "slots"))
+        logits.append(branch.heads.mask_logits(k, feature.index_select(0, exiting), labels.index_select(0, slots_out)))
     return logits
 
 
@@ -629,6 +627,10 @@ def _bound(function: Callable[..., object], *arguments: Any) -> Callable[[], obj
 
 def _random(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(size, device="cuda", dtype=dtype)
+
+
+def _shape(spec: TensorSpec) -> list[int]:
+    return [spec.size(axis) for axis in range(len(spec.shape))]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

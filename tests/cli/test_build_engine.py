@@ -87,7 +87,7 @@ def test_a_profile_reaches_the_builder(
         (["--target", "cuda"], ["cuda", "onnxruntime"]),
         (["--precision", "int8"], ["int8", "fp16"]),
         ([], ["missing.bundle", "dynamask export"]),
-        (["--batch", "1:4"], ["1:4", "LEAST:LIKELY:MOST"]),
+        (["--batch", "1:4"], ["1:4", "MIN:OPT:MAX"]),
         (["--batch", "some"], ["some", "1:4:8"]),
         (["--size", "320"], ["320", "HxW"]),
     ],

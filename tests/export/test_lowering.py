@@ -37,7 +37,7 @@ from export.precision import to_fp16
 from export.seams import HERE, ONWARD, RPN_DELTAS, RPN_LOGITS, GraphFacts
 from runtime.bundle import Profile
 from runtime.errors import InputError
-from runtime.graph import DETECTIONS, PYRAMID, SLOTS
+from runtime.graph import DETECTIONS, GRIDS, PYRAMID, SLOTS
 from tests.export.conftest import CANVAS
 from trt_plugins.registry import DOMAIN, OPERATORS
 
@@ -292,7 +292,7 @@ def test_routing(profile: Profile) -> None:
     outputs = {"grids": ([5], np.int64), **{name: ([name], np.int64) for name in (*ONWARD, *HERE, *SLOTS)}}
     assert lower_routing(sketch.finish(*between(sketch, inputs, outputs)), FACTS, profile) == 1
     (node,) = sketch.ours()
-    sizes = [f"msm_route/{size}" for size in ("n1", "n2", "n3", "m0", "m1", "m2", "m3")]
+    sizes = [f"msm_route/continue_{grid}_count" for grid in GRIDS[1:]] + [f"msm_route/exit_{grid}_count" for grid in GRIDS]
     assert names(node.inputs) == [*shapes, "p2"] and names(node.outputs) == [*outputs, *sizes]
     assert node.attrs == {"batch": profile.batch[2], "stride": 4, "detections": 5, "costs": [0.1, 0.2, 0.3, 0.4]}
     assert all(tensor.dtype == np.int64 and tensor.shape == [] for tensor in node.outputs[-7:])

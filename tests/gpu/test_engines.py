@@ -190,7 +190,6 @@ def test_memory_stays_and_is_given_back(bundle: Bundle, target: str, images: lis
         for _ in range(50):
             engine.run(images[0], grid_override=3)
         assert free() >= settled - SLACK
-        assert engine.memory_bytes > 0
     rounds = []
     for _ in range(3):
         with TensorRTEngine(bundle, target) as engine:
@@ -258,7 +257,7 @@ def test_sizes_come_and_go(several: TensorRTEngine, images: list[np.ndarray]) ->
     for count, height in sizes:
         several.run(np.concatenate(images[:count])[:, :, :height], grid_override=3)
     with driver.current():
-        settled, held = driver.memory().free, several.memory_bytes
+        settled = driver.memory().free
     for round_ in range(20):
         count, height = sizes[round_ % 4]
         several.run(np.concatenate(images[:count])[:, :, :height], grid_override=3)
@@ -269,4 +268,4 @@ def test_sizes_come_and_go(several: TensorRTEngine, images: list[np.ndarray]) ->
             np.testing.assert_array_equal(again.masks[grid][0], slots)
             np.testing.assert_array_equal(again.masks[grid][1], logits)
     with driver.current():
-        assert driver.memory().free >= settled - SLACK and several.memory_bytes == held
+        assert driver.memory().free >= settled - SLACK

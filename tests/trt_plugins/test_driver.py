@@ -32,9 +32,7 @@ LIBCUDA = r"""
 #include <string.h>
 typedef unsigned long long ptr;
 enum { OK, INVALID = 1, NO_MEMORY = 2, NO_DEVICE = 100, NO_BINARY = 209, NO_CONTEXT = 201, NOT_FOUND = 500 };
-static void *stack[8]; static int depth; static double now; static int capturing, shared_limit = 49152;
-typedef struct { float *y, *x; int n; float a; long long offset; int threads; } call;
-static call captured[8]; static int count;
+static void *stack[8]; static int depth; static double now; static int scale, shared_limit = 49152;
 #define CURRENT if (!depth) return NO_CONTEXT
 int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned long long flags, int *status) {
   *function = dlsym(RTLD_DEFAULT, name);
@@ -80,28 +78,19 @@ int cuModuleLoadData(void **module, const void *image) {
 int cuModuleUnload(void *module) { free(module); return OK; }
 int cuModuleGetFunction(void **function, void *module, const char *name) {
   CURRENT;
-  *function = &captured;
+  *function = &scale;
   return strcmp(name, "scale") ? NOT_FOUND : OK;
 }
 int cuFuncSetAttribute(void *function, int attribute, int value) { CURRENT; shared_limit = value; return attribute == 8 ? OK : INVALID; }
-static void run(call c) { for (int i = 0; i < c.n && i < c.threads; i++) c.y[i] = c.a * c.x[i] + c.offset; }
 int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    void *stream, void **p, void **extra) {
   CURRENT;
-  if (function != &captured || shared > shared_limit || by != 1 || bz != 1 || extra || *(ptr *)p[5] || *(ptr *)p[6]) return INVALID;
-  call c = {*(float **)p[0], *(float **)p[1], *(int *)p[2], *(float *)p[3], *(long long *)p[4], gx * gy * gz * bx};
-  if (capturing) captured[count++] = c; else run(c);
+  if (function != &scale || shared > shared_limit || by != 1 || bz != 1 || extra || *(ptr *)p[5] || *(ptr *)p[6]) return INVALID;
+  float *y = *(float **)p[0], *x = *(float **)p[1], a = *(float *)p[3];
+  int n = *(int *)p[2], threads = gx * gy * gz * bx;
+  for (int i = 0; i < n && i < threads; i++) y[i] = a * x[i] + *(long long *)p[4];
   return OK;
 }
-int cuStreamBeginCapture(void *stream, int mode) { CURRENT; capturing = 1; return mode == 1 ? OK : INVALID; }
-int cuStreamEndCapture(void *stream, void **graph) { CURRENT; capturing = 0; *graph = malloc(1); return OK; }
-int cuGraphInstantiate(void **executable, void *graph, unsigned long long flags) { CURRENT; *executable = malloc(1); return OK; }
-int cuGraphInstantiateWithFlags(void **executable, void *graph, unsigned long long flags) {
-  return cuGraphInstantiate(executable, graph, flags);
-}
-int cuGraphLaunch(void *executable, void *stream) { CURRENT; for (int i = 0; i < count; i++) run(captured[i]); return OK; }
-int cuGraphDestroy(void *graph) { free(graph); return OK; }
-int cuGraphExecDestroy(void *executable) { free(executable); return OK; }
 """
 
 
@@ -128,14 +117,6 @@ def scenario(driver):
         driver.synchronize(stream)
         assert driver.elapsed_ms(start, end) == 1
         np.testing.assert_array_equal(pinned[1][:99], np.float32(0.5) * x[:99] + np.float32(-(1 << 33)))
-
-        driver.begin_capture(stream)
-        driver.launch(kernel, (2, 1, 1), stream, [*addresses, 100, 1.0, 3, 0, 0])
-        graph = driver.end_capture(stream)
-        driver.to_device(addresses[1], pinned[0], stream)
-        driver.launch_graph(graph, stream)
-        driver.to_host(pinned[1], addresses[0], stream)
-        np.testing.assert_array_equal(pinned[1], x + 3)
 
         with pytest.raises(DynaMaskError, match=r"cuMemAlloc failed: out of memory"):
             driver.allocate(TOO_MUCH)
@@ -206,7 +187,7 @@ def test_pycuda_plays_the_scenario(monkeypatch):
 def pycuda_driver():
     """A stand-in for `pycuda.driver` with the signatures of its documentation, on the CPU."""
     module = types.ModuleType("pycuda.driver")
-    state = {"stack": [], "now": 0.0, "capture": None, "freed": 0}
+    state = {"stack": [], "now": 0.0, "freed": 0}
 
     class Error(Exception):
         pass
@@ -268,14 +249,6 @@ def pycuda_driver():
         def synchronize(self):
             needs_context("cuStreamSynchronize")
 
-        def begin_capture(self, capture_mode):
-            assert capture_mode == "THREAD_LOCAL"
-            state["capture"] = []
-
-        def end_capture(self):
-            calls, state["capture"] = state["capture"], None
-            return types.SimpleNamespace(instantiate=lambda: types.SimpleNamespace(launch=lambda stream: [call() for call in calls]))
-
     class Event:
         def record(self, stream):
             state["now"] += 1
@@ -299,13 +272,9 @@ def pycuda_driver():
             assert isinstance(stream, Stream) and len(block) == 3 and shared_size <= self.shared
             y, x, n, a, offset, *scratch = struct.unpack(self.arg_format, struct.pack(self.arg_format, *args))
             assert scratch == [0, 0]
-
-            def call():
-                source, result = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(address)) for address in (x, y))
-                threads = min(n, int(np.prod(grid)) * block[0])
-                result[:threads] = np.float32(a) * source[:threads] + np.float32(offset)
-
-            call() if state["capture"] is None else state["capture"].append(call)
+            source, result = (np.ctypeslib.as_array((ctypes.c_float * n).from_address(address)) for address in (x, y))
+            threads = min(n, int(np.prod(grid)) * block[0])
+            result[:threads] = np.float32(a) * source[:threads] + np.float32(offset)
 
     def module_from_buffer(buffer):
         if buffer != CUBIN:
@@ -330,7 +299,6 @@ def pycuda_driver():
     module.memcpy_dtoh_async = lambda dest, src, stream: copy(dest.ctypes.data, src, dest.nbytes)
     module.module_from_buffer = module_from_buffer
     module.function_attribute = types.SimpleNamespace(MAX_DYNAMIC_SHARED_SIZE_BYTES="MAX_DYNAMIC_SHARED_SIZE_BYTES")
-    module.capture_mode = types.SimpleNamespace(THREAD_LOCAL="THREAD_LOCAL")
     return module
 
 

@@ -63,11 +63,11 @@ def _check_lists(outputs: dict[str, Tensor], grids: Tensor, slots: Tensor) -> No
     alive = torch.arange(len(grids))
     for k, grid in enumerate((14, 28, 56, 112)):
         if k > 0:
-            alive = alive[outputs[f"onward_{grid}"]]
-            assert outputs[f"n{k}"] == len(alive)
+            alive = alive[outputs[f"continue_{grid}"]]
+            assert outputs[f"continue_{grid}_count"] == len(alive)
             assert torch.equal(alive, torch.nonzero(grids >= k)[:, 0])
-        ended = alive[outputs[f"here_{grid}"]]
-        assert outputs[f"m{k}"] == len(ended)
+        ended = alive[outputs[f"exit_{grid}"]]
+        assert outputs[f"exit_{grid}_count"] == len(ended)
         assert torch.equal(ended, torch.nonzero(grids == k)[:, 0])
         assert torch.equal(outputs[f"slots_{grid}"], slots[ended])
 
@@ -158,7 +158,8 @@ def test_the_size_based_rule_at_its_boundaries() -> None:
 def test_without_instances_every_slot_and_size_is_written() -> None:
     outputs = _run(_case(0, seed=0), 0.5, slots=100, images=2, batch=2)
     assert outputs.pop("grids").tolist() == [-1] * 200
-    sizes = [outputs.pop(name) for name in ("n1", "n2", "n3", "m0", "m1", "m2", "m3")]
+    sizes = [outputs.pop(name) for name in list(outputs) if name.endswith("_count")]
+    assert len(sizes) == 7
     assert not torch.stack(sizes).any()
     assert all(output.shape == (0,) for output in outputs.values())
 
@@ -168,8 +169,9 @@ def test_lists_of_one_stage_share_a_size_and_none_exceeds_the_slots() -> None:
     shapes = dict(zip(operator.outputs, operator.output_shapes([["n", 4], ["n", 4], ["n"], ["n"], [], [2, 256, "H", "W"]]), strict=True))
     assert shapes["grids"] == [100]
     for stage, grid in enumerate((14, 28, 56, 112)):
-        assert shapes[f"here_{grid}"] == shapes[f"slots_{grid}"] == [DataDependent(operator.outputs.index(f"m{stage}"), 100)]
-        assert stage == 0 or shapes[f"onward_{grid}"] == [DataDependent(operator.outputs.index(f"n{stage}"), 100)]
+        count = operator.outputs.index(f"exit_{grid}_count")
+        assert shapes[f"exit_{grid}"] == shapes[f"slots_{grid}"] == [DataDependent(count, 100)]
+        assert stage == 0 or shapes[f"continue_{grid}"] == [DataDependent(operator.outputs.index(f"continue_{grid}_count"), 100)]
 
 
 @pytest.mark.parametrize(

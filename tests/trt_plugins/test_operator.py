@@ -64,7 +64,7 @@ def test_kernels_are_the_same_after_attributes_were_kept_in_32_bits() -> None:
 def test_room_is_what_data_dependent_outputs_take_at_most() -> None:
     inputs = [TensorSpec((7, 5), "float16"), TensorSpec((), "float32")]
     assert Toy(scale=1).output_shapes([spec.shape for spec in inputs])[1] == [DataDependent(2, 7)]
-    assert Toy(scale=1).room(inputs) == [TensorSpec((7, 5), "float16"), TensorSpec((7,), "int64"), TensorSpec((), "int64")]
+    assert Toy(scale=1).max_output_specs(inputs) == [TensorSpec((7, 5), "float16"), TensorSpec((7,), "int64"), TensorSpec((), "int64")]
 
 
 def test_sizes_that_are_known_are_multiplied_and_compared_at_once() -> None:

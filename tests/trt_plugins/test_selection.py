@@ -162,8 +162,8 @@ def test_narrowing_ends_with_rows_that_can_be_ranked(rows: int, width: int, k: i
     selection = Selection(rows, width, k, groups)
     assert selection.widths[0] == width and k <= selection.widths[-1] <= max(RANKED, k)
     assert all(after < before for before, after in zip(selection.widths, selection.widths[1:], strict=False))
-    assert len(selection.narrow()) == len(selection.widths) - 1 <= 8
-    assert all(launch.grid[0] * k == after for launch, after in zip(selection.narrow(), selection.widths[1:], strict=True))
+    assert len(selection.top_k()) == len(selection.widths) - 1 <= 8
+    assert all(launch.grid[0] * k == after for launch, after in zip(selection.top_k(), selection.widths[1:], strict=True))
     assert chunk(k) >= 2 * k and chunks(width, k) * chunk(k) >= width
     offsets = [part.offset for part in selection.workspace.parts.values()]
     assert offsets == sorted(set(offsets)) and not any(offset % ALIGNMENT for offset in offsets)

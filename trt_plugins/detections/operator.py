@@ -122,7 +122,7 @@ class Detections(Operator):
         return self._selection(inputs, inputs[-1].size(0)).workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """Score, narrow down, sort and decode, thin out, fill the slots."""
+        """Score, top-k, sort and decode, NMS, fill the slots."""
         rows, slots, columns, images = self.values["proposals"], self.values["detections"], inputs[0].size(1), inputs[-1].size(0)
         selection, canvas = self._selection(inputs, images), canvas_of(inputs[-1], self.values["stride"])
         logits, deltas, proposals, count, min_score = (Buffer("input", index) for index in range(5))
@@ -135,13 +135,13 @@ class Detections(Operator):
                 (-(-rows // _scored_rows(columns)), images, 1),
                 (logits, count, min_score, *selection.entries, rows, self.values["score_threshold"]),
             ),
-            *selection.narrow(),
+            *selection.top_k(),
             Launch(
                 self._decode(inputs),
                 (-(-candidates // RANKED_BLOCK), images, 1),
                 (deltas, proposals, keys, indices, boxes, best_keys, best_indices, *canvas, rows, candidates, selection.k),
             ),
-            *selection.thin_out(self.values["nms_threshold"]),
+            *selection.nms(self.values["nms_threshold"]),
             Launch(
                 self._fill(inputs),
                 (-(-max(selection.k, slots) // RANKED_BLOCK), images, 1),

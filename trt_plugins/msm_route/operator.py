@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from runtime.graph import GRIDS
+from runtime.graph import GRIDS, SLOTS
 from trt_plugins.operator import (
     TRITON_TYPES,
     Attribute,
@@ -17,12 +17,18 @@ from trt_plugins.operator import (
     Launch,
     Operator,
     TensorSpec,
+    Workspace,
     canvas_of,
     times,
 )
 
-MOST_SLOTS = 2048
-"""Of a run: instances that one program is wide enough for."""
+KERNELS = "trt_plugins.msm_route.kernel"
+MAX_SLOTS = 2048
+"""Slots of a run: the widest program that is compiled."""
+CONTINUE = tuple(f"continue_{grid}" for grid in GRIDS[1:])
+EXIT = tuple(f"exit_{grid}" for grid in GRIDS)
+SIZES = tuple(f"{name}_count" for name in (*CONTINUE, *EXIT))
+"""The outputs that hold the sizes of the lists."""
 INPUTS = (
     ("logits", ("n", 4), ("float32", "float16")),
     ("boxes", ("n", 4), ("float32",)),
@@ -35,27 +41,27 @@ INPUTS = (
 
 
 class MsmRoute(Operator):
-    """The grid of each instance (paper, Eq. 1 and 8, and the rule of `dynamask.msm.route` for a budget) and what each stage works on.
+    """The grid of each instance (paper, Eq. 1 and 8; with a budget, the rule of `dynamask.msm.route`) and the instances of each stage.
 
-    Stage k, of grid `GRIDS[k]`, has the instances whose grid is k or larger, in their order; stage 0 has all n.
+    Stage k, of grid `GRIDS[k]`, computes the instances whose grid is k or larger, in their order; stage 0 computes all n.
 
     Inputs:
         logits: `[n, 4]` float32 or float16, the MSM's.
         boxes: `[n, 4] float32`, xyxy in pixels of the canvas.
-        override: `[n] int64`: -1 for the MSM, 4 for the size-based rule, or a grid 0..3.
+        override: `[n] int64`: `runtime.graph.MSM`, `runtime.graph.SIZE_BASED`, or a grid 0..3.
         slots: `[n] int64`, the detection slot of each instance, 0..B K - 1, none twice; slot k of image b is b K + k.
-        budget: `[] float32`, mean GMAC an instance, of those of all images that are left to the MSM; none where 0 or less.
+        budget: `[] float32`, the mean GMAC of the instances, of all images, that are left to the MSM; 0 or less is no budget.
         map: `[B, any, H, W]` float32 or float16, which covers the canvas with `stride` pixels a cell; it is not read.
 
     Outputs, all int64:
-        grids: `[B K]`, of each slot: 0..3, and -1 where no instance has it.
-        onward_28, onward_56, onward_112: `[n1]`, `[n2]`, `[n3]`, the places in the previous stage's set of those that go on.
-        here_14 .. here_112: `[m0]` .. `[m3]`, the places in a stage's own set of those that end there.
-        slots_14 .. slots_112: `[m0]` .. `[m3]`, their slots.
-        n1, n2, n3, m0, m1, m2, m3: `[]`.
+        grids: `[B K]`, of each slot: 0..3, and -1 in an empty slot.
+        continue_28, continue_56, continue_112: the instances of the stage of this grid, as positions in the stage before.
+        exit_14 .. exit_112: the instances that exit at the stage of this grid, as positions in this stage.
+        slots_14 .. slots_112: the slots of the instances that exit.
+        continue_28_count .. continue_112_count, exit_14_count .. exit_112_count: `[]`, the sizes of these lists.
 
-    Attributes are `batch` (the most images of a run, which decides how wide the program is), `stride`, `detections` (K) and `costs` (GMAC
-    an instance at each grid, ascending).
+    Attributes are `batch` (the largest number of images of a run, which decides the program's width), `stride`, `detections` (K) and
+    `costs` (GMAC an instance at each grid, ascending).
     """
 
     name = "MsmRoute"
@@ -65,13 +71,7 @@ class MsmRoute(Operator):
         Attribute("detections", "int"),
         Attribute("costs", "floats"),
     )
-    outputs = (
-        "grids",
-        *(f"onward_{grid}" for grid in GRIDS[1:]),
-        *(f"here_{grid}" for grid in GRIDS),
-        *(f"slots_{grid}" for grid in GRIDS),
-        *("n1", "n2", "n3", "m0", "m1", "m2", "m3"),
-    )
+    outputs = ("grids", *CONTINUE, *EXIT, *SLOTS, *SIZES)
 
     def check_attributes(self) -> None:
         """Refuse values that make no sense together.
@@ -83,10 +83,10 @@ class MsmRoute(Operator):
         for name in ("batch", "stride", "detections"):
             if self.values[name] < 1:
                 raise self.refuse(f"{name} is {self.values[name]}; give 1 or more")
-        if batch * detections > MOST_SLOTS:
+        if batch * detections > MAX_SLOTS:
             raise self.refuse(
                 f"batch is {batch} and detections is {detections}, {batch * detections} slots in a run; "
-                f"give at most {max(MOST_SLOTS // detections, 1)} images of at most {MOST_SLOTS} slots"
+                f"give at most {max(MAX_SLOTS // detections, 1)} images of at most {MAX_SLOTS} slots"
             )
         if len(costs) != len(GRIDS) or any(cheap >= dear for cheap, dear in pairwise(costs)):
             raise self.refuse(f"costs is {list(costs)}; give {len(GRIDS)} that rise, one a grid")
@@ -118,36 +118,70 @@ class MsmRoute(Operator):
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """`[B K]`, then the lists, whose sizes depend on the data, then these sizes."""
         slots = times(inputs[-1][0], self.values["detections"])
-        first = self.outputs.index("n1")
-        onward = [DataDependent(first + k, slots) for k in range(3)]
-        here = [DataDependent(first + 3 + k, slots) for k in range(4)]
-        return [[slots], *([size] for size in (*onward, *here, *here)), *([] for _ in (*onward, *here))]
+        continuing, exiting = (
+            [[DataDependent(self.outputs.index(f"{name}_count"), slots)] for name in names] for names in (CONTINUE, EXIT)
+        )
+        return [[slots], *continuing, *exiting, *exiting, *([] for _ in SIZES)]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """One, whatever n, the canvas, and the number of images up to `batch`."""
-        logits = inputs[0].dtype
-        inputs_signature = [("logits", "*" + TRITON_TYPES[logits]), ("boxes", "*fp32"), ("override", "*i64"), ("slots", "*i64")]
-        signature = [*inputs_signature, ("budget", "*fp32"), *((name, "*i64") for name in self.outputs)]
-        signature += [("n", "i32"), ("slot_count", "i32"), ("canvas_area", "fp32")]
-        block, lambdas, warps = _program(self.values["batch"] * self.values["detections"])
-        constants: list[tuple[str, int | float | bool]] = [
-            *((f"COST{k}", cost) for k, cost in enumerate(self.values["costs"])),
-            ("BLOCK_N", block),
-            ("BLOCK_LAMBDAS", lambdas),
-        ]
-        return [KernelSpec("trt_plugins.msm_route.kernel", "msm_route", tuple(signature), tuple(constants), num_warps=warps)]
+        """Two, whatever n, the canvas, and the number of images up to `batch`."""
+        return [self._choose_grids(inputs), self._list_stage()]
+
+    def workspace(self, inputs: Sequence[TensorSpec]) -> Workspace:
+        """The grid of each instance."""
+        workspace = Workspace()
+        workspace.take("grids", self._slots, "int32")
+        return workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """One program, for no instance too: the slots and the sizes are written all the same."""
-        read = [Buffer("input", index) for index in range(len(INPUTS) - 1)]
-        written = [Buffer("output", index) for index in range(len(self.outputs))]
-        height, width = canvas_of(inputs[-1], self.values["stride"])
+        """The grids, then the lists of each stage; without instances too, for the slots and the sizes are written all the same."""
+        n = inputs[0].size(0)
         slots = inputs[-1].size(0) * self.values["detections"]
-        return [Launch(self.kernels(inputs)[0], (1, 1, 1), (*read, *written, inputs[0].size(0), slots, float(height * width)))]
+        height, width = canvas_of(inputs[-1], self.values["stride"])
+        given = [Buffer("input", index) for index in range(len(INPUTS) - 1)]
+        written = {name: Buffer("output", index) for index, name in enumerate(self.outputs)}
+        grids = self.workspace(inputs).parts["grids"]
+        arguments = (*given, written["grids"], grids, n, slots, float(height * width))
+        launches = [Launch(self._choose_grids(inputs), (1, 1, 1), arguments)]
+        for stage, grid in enumerate(GRIDS):
+            # Nothing continues to the first stage: the kernel leaves these two alone there.
+            continuing = f"continue_{GRIDS[max(stage, 1)]}"
+            names = (continuing, f"exit_{grid}", f"slots_{grid}", f"{continuing}_count", f"exit_{grid}_count")
+            lists = [written[name] for name in names]
+            launches.append(Launch(self._list_stage(), (1, 1, 1), (grids, given[3], *lists, n, stage)))
+        return launches
+
+    def _choose_grids(self, inputs: Sequence[TensorSpec]) -> KernelSpec:
+        signature = (
+            ("logits", "*" + TRITON_TYPES[inputs[0].dtype]),
+            ("boxes", "*fp32"),
+            ("override", "*i64"),
+            ("slots", "*i64"),
+            ("budget", "*fp32"),
+            ("grids_of_slots", "*i64"),
+            ("grids_of_instances", "*i32"),
+            ("n", "i32"),
+            ("slot_count", "i32"),
+            ("canvas_area", "fp32"),
+        )
+        block, lambdas, warps = _program(self._slots)
+        constants = (("COSTS", self.values["costs"]), ("BLOCK_N", block), ("BLOCK_LAMBDAS", lambdas))
+        return KernelSpec(KERNELS, "choose_grids", signature, constants, num_warps=warps)
+
+    def _list_stage(self) -> KernelSpec:
+        lists = ("slots", "continuing", "exiting", "exit_slots", "continuing_count", "exiting_count")
+        signature = (("grids_of_instances", "*i32"), *((name, "*i64") for name in lists), ("n", "i32"), ("stage", "i32"))
+        block, _, _ = _program(self._slots)
+        return KernelSpec(KERNELS, "list_stage", signature, (("BLOCK_N", block),))
+
+    @property
+    def _slots(self) -> int:
+        """The largest number of slots of a run."""
+        return int(self.values["batch"] * self.values["detections"])
 
 
 def _program(slots: int) -> tuple[int, int, int]:
-    """Instances of the program, lambdas that it tries at a time, and warps, for so many slots: as much as stays in registers."""
+    """Instances of the program, lambdas that it tries at a time, and its warps, for this many slots: as many as stay in registers."""
     block = max(1 << (slots - 1).bit_length(), 16)
     if block <= 512:
         return block, min(2048 // block, 16), 8

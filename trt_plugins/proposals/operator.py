@@ -106,7 +106,7 @@ class Proposals(Operator):
         return self._selection(inputs).workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """Narrow the levels down, sort and decode, thin out, merge the levels."""
+        """Top-k of each level, sort and decode, NMS, merge the levels."""
         selection, limit, images = self._selection(inputs), self.values["proposals"], inputs[0].size(0)
         canvas = canvas_of(inputs[0], self.values["strides"][0])
         logits, deltas = ([Buffer("input", first + level) for level in range(LEVELS)] for first in (0, LEVELS))
@@ -119,13 +119,13 @@ class Proposals(Operator):
             Launch(
                 self._select(inputs), (selection.width // selection.k, LEVELS, images), (*logits, *selection.entries, *cells, selection.k)
             ),
-            *selection.narrow(),
+            *selection.top_k(),
             Launch(
                 self._decode(inputs),
                 (-(-candidates // RANKED_BLOCK), LEVELS, images),
                 (*maps, keys, indices, boxes, best_keys, *sizes, *canvas, candidates, selection.k),
             ),
-            *selection.thin_out(self.values["nms_threshold"]),
+            *selection.nms(self.values["nms_threshold"]),
             Launch(
                 self._merge(),
                 (-(-max(LEVELS * selection.k, limit) // RANKED_BLOCK), images, 1),

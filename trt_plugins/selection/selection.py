@@ -1,4 +1,4 @@
-"""The launches by which the best candidates are found, sorted and thinned out."""
+"""The launches that select boxes: exact top-k of the candidates, sorting, non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LARGEST_CHUNK = 2**13
 """Candidates that one program chooses from, at most: 16 to a thread, for more would leave the registers."""
 LARGEST_K = LARGEST_CHUNK // 2
 RANKED = 2048
-"""Rows up to this width are sorted by comparing all with all; wider ones are narrowed first."""
+"""Rows up to this width are sorted by comparing all with all; wider rows are first reduced by `top_k`."""
 RANKED_BLOCK = 32
 """Candidates that a program ranks, ..."""
 COMPARED_BLOCK = 128
@@ -74,7 +74,7 @@ class Selection:
 
     @property
     def select(self) -> KernelSpec:
-        """Narrows rows down."""
+        """One round of top-k."""
         pointers = [(name, "*i32") for name in ("keys", "indices", "best_keys", "best_indices")]
         signature = (*pointers, ("width", "i32"), ("k", "i32"))
         return KernelSpec(KERNELS, "select", signature, (("CHUNK", chunk(self.k)),), num_warps=chunk_warps(self.k))
@@ -93,19 +93,19 @@ class Selection:
         return KernelSpec(KERNELS, "suppress", signature, (("WORDS", words),), num_warps=max(1, words // 32))
 
     def kernels(self) -> list[KernelSpec]:
-        """Those that `narrow` and `thin_out` may launch, whatever `rows` and `width`."""
+        """Those that `top_k` and `nms` may launch, whatever `rows` and `width`."""
         return [self.select, self.overlaps, self.suppress]
 
-    def narrow(self) -> list[Launch]:
-        """From `entries` to `ranked`."""
+    def top_k(self) -> list[Launch]:
+        """From `entries` to `ranked`: rounds in which each program keeps the k best of its chunk."""
         launches = []
         for index, width in enumerate(self.widths[:-1]):
             parts = [self.part(f"{name} {at}") for at in (index, index + 1) for name in ("keys", "indices")]
             launches.append(Launch(self.select, (chunks(width, self.k), self.rows, 1), (*parts, width, self.k)))
         return launches
 
-    def thin_out(self, threshold: float) -> list[Launch]:
-        """From `boxes`, `best_keys` and `best_indices` to `kept_keys` and `kept_counts`; NMS as torchvision's at this IoU."""
+    def nms(self, threshold: float) -> list[Launch]:
+        """From `boxes`, `best_keys` and `best_indices` to `kept_keys` and `kept_counts`; torchvision's NMS at this IoU threshold."""
         boxes, indices, better = (self.part(name) for name in ("boxes", "best_indices", "better"))
         grid = (-(-self.k // OVERLAPS_BLOCK), self.words, self.rows)
         kept = (self.part("best_keys"), better, self.part("kept_keys"), self.part("kept_counts"))
