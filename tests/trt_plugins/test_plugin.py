@@ -118,8 +118,8 @@ def detector(batch: int | str, sides: Sequence[int | str]) -> onnx.ModelProto:
     slots = "slots" if isinstance(batch, str) else 6 * batch
     inputs.append(helper.make_tensor_value_info("grid_override", TensorProto.INT64, [slots]))
     outputs = [helper.make_tensor_value_info(name, FLOAT, None) for name in ("boxes", "box_region", "region")]
-    # All that has a size of its own: TensorRT for RTX 1.7 refuses to build where nobody wants such an output.
-    outputs += [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in routed if name[0] not in "nm"]
+    # Every output whose size depends on the data: TensorRT for RTX 1.7 refuses to build if such an output is unused.
+    outputs += [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in routed if not name.endswith("_count")]
     initializers = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
     graph = helper.make_graph(nodes, "detector", inputs, outputs, initializers)
