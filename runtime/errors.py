@@ -10,6 +10,14 @@ class DynaMaskError(Exception):
     """A failure that the caller could not prevent, such as a full disk; the command line exits with status 1.
 
     The base class of all errors that this package raises: `except dynamask.DynaMaskError` catches `InputError` too.
+
+    Example:
+        >>> import dynamask
+        >>> try:
+        ...     dynamask.read_image(folder / "missing.jpg")
+        ... except dynamask.DynaMaskError as error:
+        ...     print(type(error).__name__, error.exit_status)
+        InputError 2
     """
 
     exit_status = 1

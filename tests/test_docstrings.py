@@ -1,7 +1,7 @@
 """The examples in the docstrings of the public API run, and every public function and class has one.
 
 An example may use these names: `bundle` (a small bundle with an engine), `image` (`[H, W, 3] uint8`), `photo` (a JPEG's path),
-`clip` (a short MP4's path), `folder` (an empty folder). What an example prints is not compared where it shows no output.
+`clip` (a short MP4's path), `folder` (an empty folder), `dynamask` and `np`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def examples(name: str) -> Iterator[doctest.DocTest]:
     target = getattr(dynamask, name)
     found = FINDER.find(target, name, module=inspect.getmodule(target), globs={})
     yield from (test for test in found if test.examples)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_an_example(name: str) -> None:
+    assert list(examples(name)), f"dynamask.{name} has no >>> example in its docstring"
 
 
 @pytest.mark.parametrize("name", PUBLIC)
