@@ -57,7 +57,10 @@ class EngineOutput:
 
 
 class Engine(Protocol):
-    """A bundle's model, ready to run on one target; a context manager that frees what it holds."""
+    """A bundle's model, loaded for one target; a context manager that frees it at its end.
+
+    An engine serves one thread at a time; `Predictor` has a lock for that.
+    """
 
     target: str
     manifest: Manifest
