@@ -11,11 +11,13 @@ from cli.options import Json
 
 
 def ablate(
-    plan: Annotated[Path, typer.Argument(help="Rows to train and judge, in YAML: configs/ablations holds those of the paper's tables.")],
+    plan: Annotated[
+        Path, typer.Argument(help="YAML file with the rows to train and evaluate; configs/ablations has those of the paper's tables.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the runs, table.md and table.json.")],
     json: Json = None,
 ) -> None:
-    """Train and judge variants of the model under one recipe, side by side; Ctrl-C keeps all that is done, the same command goes on.
+    """Train and evaluate variants of the model by one recipe, into one table; after Ctrl-C the same command continues.
 
     Example: dynamask ablate configs/ablations/table-1-shapes.yaml --output runs/table-1
     """
@@ -25,7 +27,7 @@ def ablate(
     try:
         table = run_plan(plan, output)
     except KeyboardInterrupt:
-        typer.echo(f"Stopped; go on with: dynamask ablate {plan} --output {output}", err=True)
+        typer.echo(f"Stopped; continue with: dynamask ablate {plan} --output {output}", err=True)
         raise
     if json is not None:
         write_json(json, table)

@@ -16,14 +16,14 @@ def train(
         str | None,
         typer.Option(
             help="lite0-shapes; r50-coco, r101-coco, x101-coco, r18-coco, lite0-coco, lite1-coco, lite2-coco; or a YAML file."
-            " With --resume, the run's own by default."
+            " With --resume, by default that of the run."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Weights to begin with: imagenet, none, or a file: a backbone's, a DynaMask checkpoint, or a Mask R-CNN of torchvision,"
+            help="Weights to start from: imagenet, none, or a file: a backbone, a DynaMask checkpoint, or a Mask R-CNN of torchvision,"
             " mmdetection or Detectron2."
         ),
     ] = None,
@@ -33,7 +33,7 @@ def train(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Train a model; Ctrl-C keeps the last step, --resume goes on from it.
+    """Train a model; Ctrl-C saves the last step, --resume continues from it.
 
     Example: dynamask train --config lite0-shapes --output runs/shapes --set train.phase2_epochs=0.5
     """
@@ -49,7 +49,7 @@ def train(
         overrides["weights"] = weights
     loaded = load_run_config(output, overrides) if config is None else load_config(config, overrides)
     result = run_training(loaded, output, resume)
-    if not result:  # one of several processes, and not the one that reports
+    if not result:  # one of several processes, but not the one that reports
         return
     if json is not None:
         write_json(json, result)
@@ -72,11 +72,11 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not (key and equals):
-            raise InputError(f"--set {assignment} has no KEY=VALUE form: write it like --set train.phase2_epochs=3.")
+            raise InputError(f"--set {assignment} is not of the form KEY=VALUE: write it like --set train.phase2_epochs=3.")
         try:
             fields[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise InputError(f"--set {assignment}: the value is not YAML; quote it.") from error
+            raise InputError(f"--set {assignment}: the value is not YAML: quote it.") from error
     return fields
 
 

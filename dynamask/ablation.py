@@ -1,4 +1,4 @@
-"""Ablations: a plan's rows are trained under one recipe, judged on the same images, and set side by side in a table."""
+"""Ablations: the rows of a plan are trained by one recipe, evaluated on the same images, and compared in a table."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynamask.config import NO_EFFECT_ON_WEIGHTS, Config, first_difference, first_error, load_config, load_run_config
+from dynamask.data.coco import LabelledDataset
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
 from dynamask.train.datasets import validation_set
@@ -33,39 +34,39 @@ class _Strict(BaseModel):
 
 
 class Row(_Strict):
-    """One model of a plan, or another row's model judged in other ways."""
+    """A model to train and evaluate, or other policies for the models of another row."""
 
     name: str = Field(min_length=1)
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
-    """Fields that differ from the plan's, `{"model.fusion": "add"}`."""
+    """Fields that differ from the plan's: `{"model.fusion": "add"}`."""
     source: str | None = Field(default=None, alias="from")
-    """The row whose checkpoints are judged; None trains."""
+    """Name of the row whose checkpoints are evaluated; None trains models of its own."""
     policies: tuple[str, ...] = ()
-    """How grids are chosen (`runtime.policies.parse_policy`); empty for `routed`, and for a Mask R-CNN head's own grid."""
+    """How grids are chosen (`runtime.policies.parse_policy`); by default `routed`, or the grid of a Mask R-CNN head."""
     seeds: tuple[int, ...] = ()
-    """Empty for the plan's."""
+    """`train.seed` of each run; by default the plan's."""
 
     @model_validator(mode="after")
     def _check(self) -> Row:
         if self.source is not None and (self.overrides or self.seeds):
-            raise ValueError(f"row {self.name!r} is judged from {self.source!r} and trains nothing: leave set and seeds out")
+            raise ValueError(f"row {self.name!r} evaluates the models of {self.source!r} and trains none: leave set and seeds out")
         return self
 
     @property
     def folder(self) -> str:
-        """The name of its runs' folder."""
+        """Name of the folder of its runs."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
 class Plan(_Strict):
-    """What `dynamask ablate` does."""
+    """The rows that `dynamask ablate` trains and evaluates."""
 
     base: str
     """The configuration of every row: a name or a YAML file, as `dynamask train --config` takes it."""
     overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
     """Fields in which every row differs from `base`."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    """`train.seed` of each row's runs."""
+    """`train.seed` of the runs of each row."""
     rows: tuple[Row, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -73,22 +74,26 @@ class Plan(_Strict):
         folders = [row.folder for row in self.rows]
         for seeds in (self.seeds, *(row.seeds for row in self.rows)):
             if len(set(seeds)) < len(seeds):
-                raise ValueError(f"seeds {list(seeds)} name one twice, which says nothing more: give each once")
+                raise ValueError(f"seeds {list(seeds)} contain one twice: give each once")
         if any("train.seed" in overrides for overrides in (self.overrides, *(row.overrides for row in self.rows))):
-            raise ValueError("train.seed is in set, and every run has its seed from seeds: give it there")
+            raise ValueError("train.seed is in set, but seeds says the seed of each run: give it there")
         for row in self.rows:
             if not row.folder or folders.count(row.folder) > 1:
-                raise ValueError(f"row {row.name!r} has no folder of its own: give rows names that differ in letters or digits")
+                raise ValueError(
+                    f"the name of row {row.name!r} gives no folder of its own: give rows names that differ in letters or digits"
+                )
             if row.source is not None and self._named(row.source).source is not None:
-                raise ValueError(f"row {row.name!r} is judged from {row.source!r}, which trains nothing: name the row that does")
+                raise ValueError(
+                    f"row {row.name!r} evaluates the models of {row.source!r}, which trains none: name the row that trains them"
+                )
         return self
 
     def trained(self, row: Row) -> Row:
-        """The row whose checkpoints `row` is judged by."""
+        """The row whose checkpoints are evaluated for `row`."""
         return row if row.source is None else self._named(row.source)
 
     def seeds_of(self, row: Row) -> tuple[int, ...]:
-        """Of the runs that the row is judged by."""
+        """Seeds of the runs that are evaluated for the row."""
         return self.trained(row).seeds or self.seeds
 
     def config(self, row: Row, seed: int) -> Config:
@@ -104,10 +109,10 @@ class Plan(_Strict):
             raise InputError(f"row {trained.name!r}: {error}") from error
 
     def policies(self, row: Row) -> tuple[str, ...]:
-        """The ways in which the row's grids are chosen.
+        """The policies of the row.
 
         Raises:
-            InputError: no such way, or not one that a Mask R-CNN head leaves open.
+            InputError: there is no such policy, or the row has a Mask R-CNN head with another grid.
         """
         grid = self.config(row, self.seeds[0]).model.mask_grid
         policies = row.policies or (("routed",) if grid is None else (f"uniform-{grid}",))
@@ -115,22 +120,22 @@ class Plan(_Strict):
             parse_policy(policy, dict.fromkeys(GRIDS, 1.0))
             if grid is not None and policy != f"uniform-{grid}":
                 raise InputError(
-                    f"row {row.name!r}: policy {policy} asks a Mask R-CNN head for more than its own grid: leave policies out."
+                    f"row {row.name!r}: policy {policy} does not fit a Mask R-CNN head, which has one grid, {grid}: leave policies out."
                 )
         return policies
 
     def _named(self, name: str) -> Row:
         found = [row for row in self.rows if row.name == name]
         if not found:
-            raise ValueError(f"from: {name!r} is no row; the rows are {', '.join(row.name for row in self.rows)}")
+            raise ValueError(f"from: there is no row {name!r}; the rows are {', '.join(row.name for row in self.rows)}")
         return found[0]
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file, every row of it checked before anything is trained.
+    """Read a plan from a YAML file and check all its rows.
 
     Raises:
-        InputError: the file is missing or not YAML, or a row or field does not fit.
+        InputError: the file is missing or is not YAML, or a row or field does not fit.
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file: give a plan as in docs/training.md.")
@@ -154,23 +159,24 @@ def read_plan(path: Path) -> Plan:
 
 def _check_weights(config: Config) -> None:
     if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
-        raise InputError(f"weights {config.weights} is not a file: give its path from the folder that you are in.")
+        raise InputError(f"weights {config.weights} is not a file: give its path relative to the current folder.")
 
 
 def run_plan(path: Path, output: Path, quiet: bool = False) -> dict[str, Any]:
-    """Train what is not yet trained, judge what is not yet judged, and write `table.md` and `table.json` anew after each run.
+    """Train and evaluate the rows of a plan, and write `table.md` and `table.json` after each run.
 
-    The runs stand in `output/<row>/seed-<n>`; a run that was interrupted goes on where it stopped. The latest weights are judged, not the
-    best: the choice would be made on the images that judge.
+    The runs are in `output/<row>/seed-<n>`. Runs and evaluations that are done already are not repeated, and an interrupted run continues.
+    The latest weights are evaluated, not the best, because those are chosen on the same images.
 
     Returns:
-        What `table.json` holds: `plan`, `base`, `complete`, and `rows`, one a row and policy: `name`, `policy`, `seeds`, `gmacs` (by grid),
-        `image_gmacs`, `share` (mean by grid), and, each with `mean`, `spread` (standard deviation over the seeds, None for one) and
-        `values`, the APs times 100 (`AP AP50 AP75 boundary_AP box_AP`), `mean_gmacs` and `training_seconds`, `evaluation_seconds`.
+        The contents of `table.json`: `plan`, `base`, `complete`, and `rows`, one for each row and policy: `name`, `policy`, `seeds`,
+        `gmacs` (by grid), `image_gmacs`, `share` (mean by grid), and, each with `mean`, `spread` (standard deviation over the seeds, None
+        for one) and `values`, the APs times 100 (`AP AP50 AP75 boundary_AP box_AP`), `mean_gmacs`, `training_seconds`,
+        `evaluation_seconds`.
 
     Raises:
-        InputError: the plan does not fit, or `output` holds runs of another one or cannot be written.
-        KeyboardInterrupt: Ctrl-C; the same call goes on.
+        InputError: the plan does not fit, or `output` has runs of another plan or cannot be written.
+        KeyboardInterrupt: Ctrl-C; the same call continues.
     """
     plan = read_plan(path)
     check_folder(output)
@@ -185,7 +191,7 @@ def run_plan(path: Path, output: Path, quiet: bool = False) -> dict[str, Any]:
                 report.message(f"{row.name}, seed {seed}")
                 config, folder = plan.config(row, seed), output / trained.folder / f"seed-{seed}"
                 seconds = _train(config, folder, quiet)
-                for policy, record in _judge(config, folder, policies).items():
+                for policy, record in _evaluate(config, folder, policies).items():
                     records[policy].append({"seed": seed, "training_seconds": seconds if row.source is None else None, **record})
                 rows[done:] = [_summary(row.name, policy, records[policy]) for policy in policies]
                 table["complete"] = row is plan.rows[-1] and seed == plan.seeds_of(row)[-1]
@@ -194,7 +200,7 @@ def run_plan(path: Path, output: Path, quiet: bool = False) -> dict[str, Any]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """`table.md`, from what `run_plan` returns."""
+    """The text of `table.md`, from the result of `run_plan`."""
     heads = ["row", "grids", "AP", "AP50", "AP75", "boundary AP", "box AP", "mean GMAC", "14 / 28 / 56 / 112 %", "GMAC at each grid"]
     heads += ["GMAC an image", "training s", "evaluation s", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
@@ -204,13 +210,13 @@ def markdown(table: dict[str, Any]) -> str:
         cells += [" / ".join(f"{cost:.4f}" for cost in row["gmacs"].values()), f"{row['image_gmacs']:.4f}"]
         cells += [_cell(row["training_seconds"], 0), _cell(row["evaluation_seconds"], 0), str(len(row["seeds"]))]
         lines.append(f"| {' | '.join(cells)} |")
-    unfinished = "" if table["complete"] else "\nUnfinished: the same command goes on.\n"
+    unfinished = "" if table["complete"] else "\nUnfinished: the same command continues.\n"
     return "\n".join(lines) + "\n" + unfinished
 
 
 def _train(config: Config, folder: Path, quiet: bool) -> float:
-    """Train the run to its end, from wherever it stopped; its seconds in all."""
-    _check_begun(config, folder)
+    """Train the run to its end, if it has not ended; returns its seconds in all."""
+    _check_fields(config, folder)
     metrics = folder / "metrics.json"
     if metrics.is_file():
         result = json.loads(metrics.read_text(encoding="utf-8"))
@@ -222,56 +228,61 @@ def _train(config: Config, folder: Path, quiet: bool) -> float:
     return float(result["seconds"])
 
 
-def _check_begun(config: Config, folder: Path) -> None:
-    """Refuse to go on with a run of other fields: what comes out would be neither's.
+def _check_fields(config: Config, folder: Path) -> None:
+    """Check that a run in the folder has the same fields as the plan.
 
     Raises:
-        InputError: names the first that differs.
+        InputError: names the first field that differs.
     """
     if not (folder / "config.yaml").is_file():
         return
     changed = first_difference(load_run_config(folder), config, NO_EFFECT_ON_WEIGHTS)
     if changed is not None:
         name, before, now = changed
-        raise InputError(f"{folder} holds a run with {name} {before}, not {now} as the plan says: choose another --output, or remove it.")
+        raise InputError(
+            f"{folder} holds a run with {name} {before}, not {now} as the plan says: choose another --output, or delete that folder."
+        )
 
 
-def _judge(config: Config, folder: Path, policies: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """The figures of a run by policy; those of its present weights are kept in `evaluations.json`."""
+def _evaluate(config: Config, folder: Path, policies: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The figures of a run by policy. They are kept in `evaluations.json`, and used again for the same weights and images."""
     checkpoint, kept = folder / "model.safetensors", folder / "evaluations.json"
-    judged = {"checkpoint": sha256(checkpoint), "images": config.train.evaluate_images}
+    subject = {"checkpoint": sha256(checkpoint), "images": config.train.evaluate_images}
     known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    if known.get("judged") != judged:
-        known = {"judged": judged, "policies": {}}
+    if known.get("judged") != subject:  # the key that such files had so far
+        known = {"judged": subject, "policies": {}}
     missing = [policy for policy in policies if policy not in known["policies"]]
     if missing:
         model, dataset = load_model(checkpoint)[0], validation_set(config)
         assert isinstance(model, DynaMask)
-        costs, per_image = (
-            dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True)),
-            model.mask_branch.image_gmacs(config.model.canvas),
-        )
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         for policy in missing:
-            started, images = time.monotonic(), config.train.evaluate_images
-            figures = evaluate(model, dataset, config, images, policy=parse_policy(policy, costs), iou_types=IOU_TYPES)
-            assert figures is not None  # nothing stops it
-            known["policies"][policy] = {
-                **{name: figures["segm"][name] for name in ("AP", "AP50", "AP75")},
-                "boundary_AP": figures["boundary"]["AP"],
-                "box_AP": figures["bbox"]["AP"],
-                "share": figures["share"],
-                "mean_gmacs": sum(costs[grid] * figures["share"][str(grid)] for grid in GRIDS),
-                "gmacs": {str(grid): cost for grid, cost in costs.items() if grid in model.mask_branch.grids},
-                "image_gmacs": per_image,
-                "evaluation_seconds": time.monotonic() - started,
-            }
+            known["policies"][policy] = _figures(model, dataset, config, policy)
             write_json(kept, known)
     return {policy: known["policies"][policy] for policy in policies}
 
 
+def _figures(model: DynaMask, dataset: LabelledDataset, config: Config, policy: str) -> dict[str, Any]:
+    """The figures of a model with one policy."""
+    started, branch = time.monotonic(), model.mask_branch
+    costs = dict(zip(GRIDS, branch.costs.tolist(), strict=True))
+    figures = evaluate(model, dataset, config, config.train.evaluate_images, policy=parse_policy(policy, costs), iou_types=IOU_TYPES)
+    assert figures is not None  # it is None only if stopped
+    seconds = time.monotonic() - started
+    return {
+        **{name: figures["segm"][name] for name in ("AP", "AP50", "AP75")},
+        "boundary_AP": figures["boundary"]["AP"],
+        "box_AP": figures["bbox"]["AP"],
+        "share": figures["share"],
+        "mean_gmacs": sum(costs[grid] * figures["share"][str(grid)] for grid in GRIDS),
+        "gmacs": {str(grid): cost for grid, cost in costs.items() if grid in branch.grids},
+        "image_gmacs": branch.image_gmacs(config.model.canvas),
+        "evaluation_seconds": seconds,
+    }
+
+
 def _summary(name: str, policy: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row of the table: the records of its seeds together."""
+    """A row of the table: means and spreads over the records of its seeds."""
     share = {str(grid): statistics.fmean(record["share"][str(grid)] for record in records) for grid in GRIDS}
     costs = {field: records[0][field] for field in ("gmacs", "image_gmacs")}
     summary: dict[str, Any] = {"name": name, "policy": policy, "seeds": [record["seed"] for record in records], **costs, "share": share}

@@ -1,4 +1,4 @@
-"""Typed configuration: what a model is, what it learns from and how. Presets are tables of numbers."""
+"""Typed configuration of a training run: the model, the data and the recipe. Presets are tables of numbers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 CANVAS_SIDES = "multiples of 32 from 64 to 4096"
 
 
 def canvas_fits(canvas: tuple[int, int]) -> bool:
-    """Whether height and width are what `CANVAS_SIDES` says."""
+    """Whether height and width are as `CANVAS_SIDES` says."""
     return all(side % 32 == 0 and 64 <= side <= 4096 for side in canvas)
 
 
@@ -38,6 +38,7 @@ class ModelConfig(_Strict):
     """
 
     preset: str = "r50"
+    """Name of the preset that the other fields started from."""
     backbone: Literal[
         "resnet18",
         "resnet50",
@@ -49,42 +50,49 @@ class ModelConfig(_Strict):
         "efficientnet_lite1",
         "efficientnet_lite2",
     ] = "resnet50"
-    """`_caffe` has a stage's stride in its first 1 x 1 convolution, for weights that descend from MSRA's (docs/training.md)."""
+    """The network below the FPN. `_caffe` has a stage's stride in its first 1 x 1 convolution, as weights that descend from MSRA's do."""
     canvas: tuple[int, int] = (800, 1344)
-    """Height and width of the letterboxed input, pixels, divisible by 32."""
+    """Height and width of the letterboxed input, pixels, multiples of 32."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of RGB, of pixels from 0 to 1, subtracted from the input."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    """Standard deviation of RGB, by which the input is divided."""
     fpn_channels: Count = 256
+    """Channels of the image-level FPN."""
     stage_channels: tuple[Count, Count, Count, Count] = (256, 128, 64, 32)
     """Channels of L_tiny, L_small, L_medium, L_large."""
     class_agnostic_largest: bool = False
     """One mask logit for all classes at 112 x 112."""
     box_features: Count = 1024
+    """Outputs of each of the box head's two hidden layers."""
     anchor_sizes: tuple[Count, Count, Count, Count, Count] = (32, 64, 128, 256, 512)
-    """Anchor side in pixels at P2..P6."""
+    """Side of the anchors at P2 to P6, canvas pixels."""
     proposals_per_level: Count = 1000
-    """Anchors kept per level before NMS, at inference."""
+    """Anchors with the highest scores that go into NMS from each level, at inference."""
     proposals: Count = 1000
     """Proposals kept after NMS, at inference."""
     proposals_training: Count = 2000
+    """Both numbers in training."""
     rois_per_image: Count = 512
-    """RoIs sampled for the box loss, a quarter of them positive."""
+    """RoIs sampled in each image for the box loss, at most a quarter of them positive."""
     mask_rois_per_image: Count = 128
-    """At most this many positives an image reach the mask branch in training."""
+    """Largest number of positive RoIs in each image on which the mask branch is trained."""
     detections: Count = 100
-    """K, the fixed number of detection slots of the exported graph."""
+    """K, the largest number of detections in an image; the exported graph has this many slots."""
     score_threshold: float = Field(default=0.05, ge=0, le=1)
+    """Detections must score more than this."""
     nms_threshold: float = Field(default=0.5, gt=0, le=1)
+    """IoU above which NMS drops the detection of the same class that scores less."""
     frozen_stages: Whole = 2
-    """Backbone stages without gradient: 0 none, 1 the stem, 2 also the first stage."""
+    """First parts of the backbone that are not trained: 0 none, 1 the stem, 2 the stem and the first stage, and so on."""
     mask_head: Literal["dynamask", "maskrcnn"] = "dynamask"
-    """`maskrcnn`: Mask R-CNN's plain head at `mask_grid`, the baseline of Table 1 (`dynamask/baselines.py`)."""
+    """`maskrcnn` is Mask R-CNN's head with one grid, `mask_grid`: the baseline of Table 1 (`dynamask/baselines.py`)."""
     mask_grid: Literal[14, 28, 56, 112] | None = None
-    """The one grid of a `maskrcnn` head."""
+    """The grid of a `maskrcnn` head: 14, 28, 56 or 112."""
     fusion: Literal["fam", "one_deform", "conv", "add"] = "fam"
-    """What the stages of the r-FPN fuse with: the paper's module, or one that it is compared with (`dynamask/fam.py`)."""
+    """Module that fuses features in the stages of the r-FPN: the paper's `fam`, or one that it is compared with (`dynamask/fam.py`)."""
     pyramid: Literal["fpn", "panet", "bifpn"] = "fpn"
-    """What the i-FPN goes through before the stages crop from it (Table 11)."""
+    """Module between the image-level FPN and the r-FPN: `fpn` is none, the others are those of Table 11."""
 
     @property
     def canonical_size(self) -> float:
@@ -94,48 +102,58 @@ class ModelConfig(_Strict):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if (self.mask_head == "maskrcnn") != (self.mask_grid is not None):
-            raise ValueError("mask_grid is given with mask_head maskrcnn, and with no other head")
+            raise ValueError("mask_grid goes with mask_head maskrcnn, and with no other head: give both or neither")
         if self.mask_head == "maskrcnn" and (self.fusion, self.pyramid) != ("fam", "fpn"):
-            raise ValueError("fusion and pyramid belong to the r-FPN, which a maskrcnn head has not")
+            raise ValueError("fusion and pyramid are parts of the r-FPN, and a maskrcnn head has none: leave them out")
         if not canvas_fits(self.canvas):
             raise ValueError(f"canvas {self.canvas} must be {CANVAS_SIDES}")
         return self
 
 
 class DataConfig(_Strict):
-    """What is learnt from and judged on: COCO files, a published data set by its folder, or `shapes`, generated when the run starts."""
+    """The data set: COCO files, a published data set by its folder, or `shapes`, which is generated when the run starts."""
 
     kind: Literal["shapes", "coco", "lvis", "cityscapes"] = "shapes"
+    """Format of the data set."""
     root: Path | None = None
-    """The folder of COCO 2017, LVIS v1 or Cityscapes, laid out as published (docs/training.md); for `coco`, in place of the four paths."""
+    """Folder of COCO 2017, LVIS v1 or Cityscapes, laid out as published; with kind `coco`, the four paths below can be given instead."""
     train_annotations: Path | None = None
+    """COCO file of the training images."""
     train_images: Path | None = None
+    """Folder of the training images."""
     val_annotations: Path | None = None
+    """COCO file of the validation images."""
     val_images: Path | None = None
+    """Folder of the validation images."""
     shapes_train: Count = 2000
-    """Generated images to learn from (kind `shapes`)."""
+    """Generated training images (kind `shapes`)."""
     shapes_val: Count = 200
+    """Generated validation images (kind `shapes`)."""
     shapes_seed: Whole = 0
+    """Seed of the generated images (kind `shapes`)."""
     scale_jitter: tuple[float, float] = (0.8, 1.0)
-    """Range of the image's scale relative to the canvas, sampled per image in training; what exceeds the canvas is cropped, at random."""
+    """Range from which each training image's scale is drawn, relative to the scale at which it fits the canvas; above 1, a random part
+    of the image is cropped."""
     flip: bool = True
+    """Mirror half of the training images, drawn at random."""
     copy_paste: float = Field(default=0.0, ge=0, le=1)
-    """Probability that instances of another image are pasted on an image in training (`dynamask/data/augment.py`)."""
+    """Probability that instances of another image are pasted on a training image."""
     portrait_batches: bool = False
-    """In training, collect images that lie across the canvas in batches of their own, on the transposed canvas (kind `coco`)."""
+    """Train on images that would fit the transposed canvas better in batches of their own, on that canvas (kind `coco`)."""
     workers: Whole = 0
+    """Processes that prepare the training images; 0 prepares them in the training process."""
 
     @model_validator(mode="after")
     def _check_jitter(self) -> DataConfig:
         if not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
-            raise ValueError(f"scale_jitter {self.scale_jitter} must be two rising positive numbers")
+            raise ValueError(f"scale_jitter {self.scale_jitter} must be two positive numbers, the smaller one first")
         return self
 
     @model_validator(mode="after")
     def _check_source(self) -> DataConfig:
         files = (self.train_annotations, self.train_images, self.val_annotations, self.val_images)
         if any(file is not None for file in files) and (self.root is not None or self.kind in ("lvis", "cityscapes")):
-            raise ValueError("root takes the place of the annotations and images of each part: give only one of the two")
+            raise ValueError("root stands for all four paths of annotations and images: give either root or the paths")
         return self
 
 
@@ -151,15 +169,15 @@ class TrainConfig(_Strict):
     calibration_detections: Whole = 0
     """Number of training detections used to calibrate the MSM after training; 0 disables (`dynamask/train/calibration.py`)."""
     learning_rate: Positive = 0.02
-    """At a batch of 16; scaled in proportion to the batch."""
+    """Learning rate at a batch of 16; scaled in proportion to the batch."""
     rate_drop_epochs: tuple[NotNegative, ...] = (8.0, 11.0)
     """Epochs of phase 2 after which the learning rate falls to a tenth."""
     warmup_steps: Whole = 500
     """First steps of the run, over which the learning rate rises linearly."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: NotNegative = 1e-4
-    """Of SGD; norms and biases have none."""
+    """Weight decay of SGD; norms and biases have none."""
     clip_norm: Positive = 10.0
     """Largest norm of the gradient; a longer one is scaled down to it."""
     edge_weight: NotNegative = 0.1
@@ -173,9 +191,9 @@ class TrainConfig(_Strict):
     msm_rate_factor: NotNegative = 1.0
     """Learning rate of the MSM, relative to that of the other modules."""
     seed: Whole = 0
-    """Of all randomness in the run."""
+    """Seed of all randomness in the run."""
     checkpoint_every_steps: Whole = 500
-    """Steps between checkpoints; 0 writes them only at each epoch's end, at each evaluation and on Ctrl-C, as is done in any case."""
+    """Steps between checkpoints. One is also written at each epoch's end, at each evaluation and on Ctrl-C; 0 writes only these."""
     evaluate_every_epochs: NotNegative = 1.0
     """Epochs between evaluations; 0 evaluates only at the end."""
     evaluate_images: Count = 100
@@ -189,25 +207,29 @@ class TrainConfig(_Strict):
 
 
 class Config(_Strict):
-    """One training run, whole."""
+    """The whole configuration of a training run."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
+    """The model's sizes."""
     data: DataConfig = Field(default_factory=DataConfig)
+    """The data set."""
     train: TrainConfig = Field(default_factory=TrainConfig)
+    """The recipe."""
     weights: str = "imagenet"
-    """`imagenet`, `none`, or a file: backbone weights (`.pth`, `.safetensors`) or a DynaMask checkpoint."""
+    """Weights to start from: `imagenet` (of the backbone), `none` (random), or a file: a backbone, a detector of another library, or a
+    DynaMask checkpoint."""
     weights_part: Literal["all", "detector"] = "all"
-    """`detector`: of a DynaMask checkpoint all but the mask branch, which begins afresh: mask heads compared on one detector."""
+    """Part of a DynaMask checkpoint to load: `detector` leaves the mask branch at random weights, to compare mask heads on one detector."""
 
     @property
     def keeps_detector(self) -> bool:
-        """Whether the run stands on the whole detector of a DynaMask checkpoint."""
+        """Whether the run needs the whole detector of a DynaMask checkpoint."""
         return self.train.frozen_detector or self.weights_part == "detector"
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.keeps_detector and self.weights in ("imagenet", "none"):
-            raise ValueError(f"weights {self.weights!r} hold no trained detector to keep: name a DynaMask checkpoint")
+            raise ValueError(f"weights {self.weights!r} have no trained detector, which this run keeps: give a DynaMask checkpoint")
         return self
 
 
@@ -251,7 +273,8 @@ LITE2 = LITE0.model_copy(update={"preset": "lite2", "backbone": "efficientnet_li
 PRESETS: dict[str, ModelConfig] = {preset.preset: preset for preset in (R50, R101, X101, R18, LITE0, LITE1, LITE2)}
 
 LITE_COCO = TrainConfig(batch=4, learning_rate=0.02, warmup_steps=100, msm_rate_factor=4.0, calibration_detections=12_000)
-"""For EfficientNet-Lite on one small GPU or a CPU; at 2.5 times the rate the classes are not learnt (docs/results/coco-mini.md)."""
+"""For EfficientNet-Lite on one small GPU or a CPU. At 2.5 times this learning rate the classifier does not learn
+(docs/results/coco-mini.md)."""
 
 CONFIGS: dict[str, Config] = {
     **{f"{model.preset}-coco": Config(model=model, data=DataConfig(kind="coco")) for model in (R50, R101, X101, R18)},

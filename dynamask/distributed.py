@@ -1,8 +1,8 @@
-"""Training in several processes that `torchrun` has started; alone, everything here does nothing.
+"""Training in several processes that `torchrun` has started; in a single process nothing here has an effect.
 
 PyTorch's DistributedDataParallel averages the processes' gradients. That is the gradient of the whole batch only for losses that are means
-over equally many items each; the mask branch's are means over instances, of which every process has its own number. `instances_per_process`
-and `batch_mean` make them what one process with the whole batch would compute.
+over equally many items each; the mask branch's are means over instances, of which each process has another number. `instances_per_process`
+and `batch_mean` make them equal to those of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime.errors import InputError
 
 PATIENCE = datetime.timedelta(hours=2)
-"""How long a process waits for the others: the first one evaluates while they wait."""
+"""How long a process waits for the others; they wait while the first one evaluates."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class World:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all must ask."""
+        """Whether the flag is set in any process; all must call."""
         if self.size == 1:
             return flag
         value = torch.tensor(float(flag), device=self.device)
@@ -80,7 +80,7 @@ class World:
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """Join the processes that `torchrun` has started, for as long as the block lasts; a world of one without torchrun.
+    """Join the processes that `torchrun` has started, for the time of the block; without torchrun, a world of one process.
 
     Raises:
         InputError: there are more processes on this machine than GPUs.
@@ -108,7 +108,7 @@ def joined() -> Iterator[World]:
 
 @contextlib.contextmanager
 def averaged(model: nn.Module, world: World) -> Iterator[nn.Module]:
-    """The model, with its gradients averaged over the processes in `backward`. What takes part may differ from step to step."""
+    """The model, with its gradients averaged over the processes in `backward`. Steps may differ in the parameters that they use."""
     if world.size == 1:
         yield model
         return
@@ -122,7 +122,7 @@ def averaged(model: nn.Module, world: World) -> Iterator[nn.Module]:
 
 
 def instances_per_process(count: int, device: torch.device) -> float:
-    """The mean over the processes of how many instances each has; `count` alone."""
+    """The mean number of instances in a process; `count` in a single process."""
     if _size() == 1:
         return float(count)
     total = torch.tensor(float(count), device=device)
@@ -131,7 +131,7 @@ def instances_per_process(count: int, device: torch.device) -> float:
 
 
 def batch_mean(rows: Tensor) -> Tensor:
-    """The mean of rows `[N, K]` over the N of all processes -> `[K]`; 0 where there is none.
+    """The mean of rows `[N, K]` over the rows of all processes -> `[K]`; 0 if there is none.
 
     Its gradient reaches this process's rows, scaled so that after DistributedDataParallel's averaging it is that of the whole batch.
     """

@@ -34,7 +34,7 @@ _EARLIER_KEYS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds."""
+    """The contents of a checkpoint file."""
 
     config: Config
     classes: list[dict[str, Any]]
@@ -42,12 +42,12 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     """The model's `state_dict`, float32 whatever precision the file had."""
     extra: dict[str, Any]
-    """Whatever the writer added: step, epoch, metrics."""
+    """Step, epoch and metrics, as the writer gave them."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that the next step depends on."""
+    """Everything that the next step depends on."""
 
     config: Config
     classes: list[dict[str, Any]]
@@ -122,13 +122,13 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str | os.Pa
 
 
 def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str], without: str | None = None) -> list[str]:
-    """Copy the tensors whose name and shape fit, for fine-tuning on other classes; returns the names of the model's that begin afresh.
+    """Copy the tensors whose name and shape fit, for fine-tuning on other classes; returns the names of the model's other tensors.
 
     Args:
         model: changed in place.
         checkpoint: of a model of the same preset.
         path: of the checkpoint, for the message.
-        without: tensors whose names begin so are left out.
+        without: prefix of the names of tensors that are left out.
 
     Raises:
         InputError: nothing fits.
@@ -154,7 +154,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def save_state(path: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Write what a run resumes from: the weights, the optimiser's momentum, and `state` (config, classes, scaler, progress) as JSON.
 
-    The weights are here as well as in the checkpoint, so that one rename replaces both or neither.
+    The weights are here as well as in the checkpoint, so that one rename replaces weights and momentum together.
 
     Raises:
         DynaMaskError: the disk is full or the folder cannot be written; what stood at `path` is still there.
@@ -213,7 +213,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _write(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
     metadata = {_KEY: kind, "format": str(FORMAT_VERSION), **{name: json.dumps(value) for name, value in fields.items()}}
     with atomic_path(path) as temporary:
-        # Written by Python, not by safetensors, whose own error for a full disk is no OSError.
+        # Written by Python, because the error of safetensors for a full disk is no OSError.
         temporary.write_bytes(safetensors.torch.save(tensors, metadata))
 
 

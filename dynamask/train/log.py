@@ -1,4 +1,4 @@
-"""What a run leaves to read: a line of JSON a step, TensorBoard events, and progress on standard error."""
+"""The log of a run: a line of JSON for each step, TensorBoard events, and progress on standard error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from runtime.files import atomic_path, unwritable
 
 SMOOTHING = 0.95
-"""Weight of the past in the loss that is shown."""
+"""Weight of the past in the smoothed loss that the terminal shows."""
 LINE_SECONDS = 10.0
 """Pause between two lines of progress where standard error is no terminal."""
 
@@ -30,8 +30,8 @@ LINE_SECONDS = 10.0
 class RunLog:
     """`log.jsonl` and `tensorboard/` of an output folder, continued from `first_step`.
 
-    Lines of later steps, written by a run that was killed before its next checkpoint, are dropped: those steps are run again. So are
-    those of `skipped.jsonl`, which is there once an image was skipped.
+    Lines of later steps, written by a run that was killed before its next checkpoint, are dropped, because those steps are done again. The
+    same holds for `skipped.jsonl`, which exists only if an image was skipped.
     """
 
     def __init__(self, output: Path, first_step: int) -> None:
@@ -78,7 +78,7 @@ class RunLog:
     def _scalars(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             for leaf, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if number is not None:  # no AP where there is nothing to judge on
+                if number is not None:  # there is no AP without annotations
                     self._board.add_scalar(f"{name}/{leaf}" if leaf else name, number, step)
 
 
@@ -116,7 +116,7 @@ class ProgressReport:
             self._bar.stop()
 
     def start(self, step: int, total: int) -> None:
-        """Begin at `step` of `total`; again, for what comes after."""
+        """Start to count at `step` of `total`; called again for the calibration."""
         self._first_step, self._total = step, total
         self._started = self._spoken = time.monotonic()
         if self._bar is not None:
@@ -154,15 +154,16 @@ class ProgressReport:
             )
 
     def message(self, text: str) -> None:
-        """Say something above the bar."""
+        """Print a line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def save_batch(path: Path, images: Tensor, targets: list[dict[str, Any]], fields: dict[str, Any]) -> None:
-    """Write a batch to `path` (safetensors), whole or not at all, so that a step can be looked into.
+    """Write a batch to `path` (safetensors), whole or not at all, so that its step can be examined.
 
     It holds `images [B, 3, H, W] float32`, `ids [B] int64` (of the images), `counts [B] int64` (instances of each), and the instances
-    of all images in a row: `boxes [G, 4] float32`, `labels [G] int64`, `masks [G, H, W] uint8`; `fields` stand as JSON in its metadata.
+    of all images one after the other: `boxes [G, 4] float32`, `labels [G] int64`, `masks [G, H, W] uint8`; `fields` are JSON in its
+    metadata.
 
     Raises:
         DynaMaskError: the disk is full or the folder cannot be written.
@@ -172,12 +173,12 @@ def save_batch(path: Path, images: Tensor, targets: list[dict[str, Any]], fields
     tensors["ids"] = torch.tensor([target["image_id"] for target in targets])
     tensors["counts"] = torch.tensor([len(target["labels"]) for target in targets])
     with atomic_path(path) as temporary:
-        # Written by Python, not by safetensors, whose own error for a full disk is no OSError.
+        # Written by Python, because the error of safetensors for a full disk is no OSError.
         temporary.write_bytes(safetensors.torch.save(tensors, {name: json.dumps(value) for name, value in fields.items()}))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSON-lines file, none where there is no file."""
+    """The lines of a JSON-lines file; none if there is no file."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8").splitlines():

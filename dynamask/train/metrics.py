@@ -1,4 +1,4 @@
-"""What a run reports while it goes on, to `log.jsonl`, TensorBoard and the terminal, and at its end in `metrics.json`."""
+"""Reports of a run: to `log.jsonl`, TensorBoard and the terminal while it trains, and to `metrics.json` at its end."""
 
 from __future__ import annotations
 

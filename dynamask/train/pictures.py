@@ -1,4 +1,4 @@
-"""Pictures of a model while it learns: grids chosen (Figures 7 and 8), edge maps, training curves; all `[H, W, 3] uint8` RGB."""
+"""Pictures of a model in training: the grids chosen (Figures 7 and 8), edge maps, training curves; all `[H, W, 3] uint8` RGB."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def draw_pictures(
 ) -> dict[str, Image]:
     """`selection`, `classes`, `edges` of the first `train.pictures` images of a data set that have instances, and `curves`.
 
-    A Mask R-CNN head has no `edges`. The model is back in its mode afterwards.
+    A Mask R-CNN head has no `edges`. The model keeps its mode (training or evaluation).
 
     Args:
         log: the run's steps, lines of `log.jsonl`.
@@ -146,12 +146,12 @@ def training_curves(log: Sequence[dict[str, Any]], evaluations: Sequence[dict[st
     _curve(rate, chunks, "rate", lambda line: line["rate"], "black")
     for grid in GRIDS:
         _curve(share, chunks, f"{grid}", lambda line, grid=grid: line["statistics"].get(f"share_{grid}"), _color(grid))
-    judged = [entry for entry in evaluations if "segm" in entry]
+    evaluated = [entry for entry in evaluations if "segm" in entry]
     for name, label in (("segm", "mask AP"), ("bbox", "box AP")):
         precision.plot(
-            [entry["epoch"] for entry in judged], [entry[name]["AP"] or 0.0 for entry in judged], "o-", markersize=3, label=label
+            [entry["epoch"] for entry in evaluated], [entry[name]["AP"] or 0.0 for entry in evaluated], "o-", markersize=3, label=label
         )
-    precision.set_visible(bool(judged))
+    precision.set_visible(bool(evaluated))
     for axes, title in (
         (losses, "losses"),
         (rate, "learning rate"),

@@ -1,4 +1,4 @@
-"""What a step of training is: its phase, its learning rate, its images and its seed, all functions of the step's number alone."""
+"""The phase, learning rate, images and seed of each training step, all functions of the step's number alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the rest of the images waits for another epoch's order."""
+        """Whole batches in an epoch; the images that are left over come in other epochs, which have other orders."""
         return max(1, self.images // self.config.batch)
 
     @property
@@ -41,7 +41,7 @@ class Schedule:
         return self.phase1_steps + round(self.config.phase2_epochs * self.steps_per_epoch)
 
     def phase(self, step: int) -> int:
-        """1 while the MSM waits, 2 while all modules learn."""
+        """1 while the MSM is not trained, 2 while all modules are."""
         return 1 if step < self.phase1_steps else 2
 
     def epoch(self, step: int) -> float:
@@ -73,7 +73,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     """Batches of `(image index, epoch)` from `first_step` to the schedule's last; of each, every `size`-th from the `rank`-th on.
 
     Each epoch has its own order, drawn from the seed and the epoch alone, so that a run resumed at any step, by any number of
-    processes, meets the same images. Where `turned` says which images lie on the transposed canvas, a batch has only such or none.
+    processes, has the same images. `turned` says which images are on the transposed canvas; a batch has only images of one kind.
     """
 
     def __init__(self, schedule: Schedule, first_step: int, rank: int = 0, size: int = 1, turned: Sequence[bool] = ()) -> None:

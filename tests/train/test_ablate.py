@@ -84,7 +84,7 @@ def test_a_plan_of_two_rows_is_interrupted_and_goes_on(tmp_path: Path, trained: 
             run_plan(plan, tmp_path / "out", quiet=True)
     kept = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [row["name"] for row in kept["rows"]] == ["Mask R-CNN 28"] and not kept["complete"]
-    assert "goes on" in (tmp_path / "out" / "table.md").read_text()
+    assert "same command continues" in (tmp_path / "out" / "table.md").read_text()
 
     table = run_plan(plan, tmp_path / "out", quiet=True)
     assert trained == ["mask-r-cnn-28/seed-0", "dynamask/seed-0", "dynamask/seed-0 again"]
@@ -165,16 +165,19 @@ def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path,
     ("fields", "said"),
     [
         ({"rows": []}, "rows"),
-        ({"rows": [{"name": "a"}, {"name": "A!"}]}, "'a' has no folder of its own"),
-        ({"rows": [{"name": "a", "from": "b"}]}, "'b' is no row; the rows are a"),
-        ({"rows": [{"name": "a"}, {"name": "b", "from": "a"}, {"name": "c", "from": "b"}]}, "'c' is judged from 'b', which trains nothing"),
+        ({"rows": [{"name": "a"}, {"name": "A!"}]}, "'a' gives no folder of its own"),
+        ({"rows": [{"name": "a", "from": "b"}]}, "no row 'b'; the rows are a"),
+        (
+            {"rows": [{"name": "a"}, {"name": "b", "from": "a"}, {"name": "c", "from": "b"}]},
+            "'c' evaluates the models of 'b', which trains none",
+        ),
         ({"rows": [{"name": "a"}, {"name": "b", "from": "a", "set": {"train.learning_rate": 1}}]}, "leave set and seeds out"),
         ({"rows": [{"name": "a", "set": {"model.fusion": "sum"}}]}, "row 'a': .*fusion"),
         ({"rows": [{"name": "a", "set": {"model.no_such": 1}}]}, "no_such"),
         ({"rows": [{"name": "a", "policies": ["uniform-15"]}]}, "uniform-15"),
         ({"rows": [{**MASK_RCNN, "policies": ["routed"]}]}, "leave policies out"),
         ({"rows": [{"name": "a"}], "seeds": []}, "seeds"),
-        ({"rows": [{"name": "a"}, {"name": "b", "seeds": [0, 0]}]}, "name one twice"),
+        ({"rows": [{"name": "a"}, {"name": "b", "seeds": [0, 0]}]}, "contain one twice"),
         ({"rows": [{"name": "a"}, {"name": "b", "seeds": [3, -1]}]}, "row 'b': .*seed"),
         ({"rows": [{"name": "a", "set": {"train.seed": 3}}]}, "train.seed is in set"),
         ({"rows": [{"name": "a"}, {"name": "b", "set": {"weights": "no-such.pth"}}]}, "weights no-such.pth is not a file"),
@@ -233,7 +236,7 @@ def test_the_command_prints_the_table_and_says_how_to_go_on(
 
     monkeypatch.setattr(ablation, "run_plan", interrupt)
     assert command_line.main(arguments) == 130
-    assert "go on with: dynamask ablate" in capsys.readouterr().err
+    assert "continue with: dynamask ablate" in capsys.readouterr().err
 
 
 figure = st.lists(st.floats(0, 100), max_size=3)

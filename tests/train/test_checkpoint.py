@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dynamask.config import CONFIGS
+from dynamask.config import CONFIGS, EARLIER_NAMES
 from dynamask.train import checkpoint as checkpoints
+from dynamask.train.progress import Progress
 from runtime.errors import DynaMaskError, InputError
 
 CONFIG = CONFIGS["lite0-shapes"]
@@ -59,6 +60,36 @@ def test_momentum_survives(tmp_path: Path) -> None:
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         assert torch.equal(optimizer.state[mine]["momentum_buffer"], fresh.state[theirs]["momentum_buffer"])
+
+
+def test_a_state_of_an_earlier_version_has_todays_names(tmp_path: Path) -> None:
+    tree = CONFIG.model_dump(mode="json")
+    for earlier, current in EARLIER_NAMES.items():
+        tree["train"][earlier.removeprefix("train.")] = tree["train"].pop(current.removeprefix("train."))
+    progress = {
+        "step": 6,
+        "seconds": 1.5,
+        "evaluations": [{"step": 6, "taught": True, "segm": {"AP": 40.0}}],
+        "loss_watch": {"phase": 2, "mean": 3.0, "lowest": 2.0},
+        "lessons": {"step": 6, "wanted": 12, "detections": 9, "allowed_cost": 0.1, "explained": 0.8, "mean_cost": 0.09, "lambda": 7.0},
+    }
+    optimizer = torch.optim.SGD(small_model().parameters(), lr=0.1)
+    state = {"config": tree, "classes": CLASSES, "scaler": {}, "progress": progress}
+    checkpoints.save_state(tmp_path / "state.safetensors", small_model(), optimizer, state)
+    read = checkpoints.load_state(tmp_path / "state.safetensors")
+    found = Progress.from_json(read.progress)
+    assert read.config == CONFIG
+    assert found.calibration == {
+        "step": 6,
+        "requested": 12,
+        "detections": 9,
+        "target_gmacs": 0.1,
+        "variance_explained": 0.8,
+        "mean_gmacs": 0.09,
+        "lambda": 7.0,
+    }
+    assert found.evaluated and found.evaluations[0]["calibrated"] and found.guard.lowest == 2.0
+    assert Progress.from_json(found.to_json()) == found
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "newer", "state"])

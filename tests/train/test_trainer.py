@@ -126,7 +126,7 @@ def test_an_output_folder_is_neither_overwritten_nor_mixed(tmp_path: Path) -> No
     assert trainer.train(tiny(train__phase1_epochs=0, train__phase2_epochs=2), tmp_path, resume=True, quiet=True)["steps"] == 6
 
 
-def test_the_optimiser_spares_norms_and_biases_and_gives_the_switch_its_own_rate() -> None:
+def test_norms_and_biases_do_not_decay_and_the_msm_has_its_own_rate() -> None:
     config = tiny(train__msm_rate_factor=3.0)
     model = StandIn(config, [])
     model.norm.weight.requires_grad_(False)
