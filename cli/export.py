@@ -28,7 +28,7 @@ def export(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Write a checkpoint as a bundle: one ONNX graph in which every instance pays only for its own mask grid.
+    """Write a checkpoint as a bundle: one ONNX graph that computes for each instance only the layers that its mask grid needs.
 
     The graph is compared with PyTorch before the bundle is written.
 

@@ -77,7 +77,7 @@ def _print_version(asked: bool) -> None:
 def dynamask(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """Instance segmentation in which every instance pays only for the mask resolution it needs."""
+    """Instance segmentation in which the mask of each instance gets the resolution that it needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
