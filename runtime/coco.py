@@ -223,10 +223,6 @@ def read_coco(data: str | os.PathLike[str], images: str | os.PathLike[str] | Non
     (`[x, y, …]`) or lists of points. Polygons become RLE as pycocotools rasterises them. Coordinates may lie outside the image by as
     much as its size; the mask ends at the image's border.
 
-    >>> data = read_coco("shapes")  # doctest: +SKIP
-    >>> len(data.images), data.left_out  # doctest: +SKIP
-    (200, {})
-
     Args:
         data: a folder that holds `instances.json` and `images/`, or an annotation file.
         images: the folder that the file names are relative to; by default the folder `images` beside the annotation file.
@@ -237,6 +233,18 @@ def read_coco(data: str | os.PathLike[str], images: str | os.PathLike[str] | Non
     Raises:
         InputError: a file or folder is missing, the file is not a COCO data set, holds no images or no categories, gives an id or a file
             name to several entries, or all of its annotations are left out.
+
+    Example:
+        >>> import json, dynamask
+        >>> fields = {"image_id": 1, "category_id": 3}
+        >>> triangle = {**fields, "segmentation": [[8, 4, 40, 4, 40, 36]]}  # x, y, x, y, ... in pixels
+        >>> broken = {**fields, "segmentation": [[8, 4, float("nan"), 4, 40, 36]]}
+        >>> images = [{"id": 1, "file_name": photo.name, "height": image.shape[0], "width": image.shape[1]}]
+        >>> tree = {"images": images, "annotations": [triangle, broken], "categories": [{"id": 3, "name": "leaf"}]}
+        >>> length = (folder / "instances.json").write_text(json.dumps(tree))
+        >>> data = dynamask.read_coco(folder / "instances.json", photo.parent)
+        >>> len(data.annotations), data.left_out
+        (1, {'polygon with a number that is not finite': 1})
     """
     path, folder = _locate(Path(data), None if images is None else Path(images))
     tree = _parse(path)

@@ -11,116 +11,137 @@ from pycocotools import mask as mask_api
 
 Strategy = st.SearchStrategy[Any]
 
+HEIGHT, WIDTH = 12, 16
+"""Of most images."""
 ODD_NUMBERS = (0, -1, 1.5, 2**31, 2**53 + 1, 2**64, 10**400, 1e308, -1e308, 5e-324, float("nan"), float("inf"), -float("inf"))
 ODD_TEXTS = ("", " ", "1", " 1 ", "1.0", "-0", "٣", "null", "../x.jpg", "/x.jpg", "C:\\x.jpg", "a\0b", "\ud800", "\udcff", "ä", "x" * 300)
+ODD_VALUES = (
+    None,
+    True,
+    False,
+    *ODD_NUMBERS,
+    *ODD_TEXTS,
+    [],
+    {},
+    [[]],
+    [None],
+    [1],
+    ["a", 1],
+    {"": None},
+    {"id": 1},
+    [[[[1.0]]]],
+    {"counts": [], "size": []},
+)
+
+odd_numbers = st.sampled_from(ODD_NUMBERS)
+odd_values = st.one_of(st.sampled_from(ODD_VALUES), st.floats(), st.integers(), st.text(max_size=4))
+"""Values of any JSON type, where another one belongs."""
 
 
-def odd_values() -> Strategy:
-    """Values of any JSON type, where another one belongs."""
-    leaves = st.one_of(st.none(), st.booleans(), st.sampled_from(ODD_NUMBERS), st.sampled_from(ODD_TEXTS), st.integers(-3, 3), st.floats())
-    return st.recursive(
-        leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6
-    )
+@st.composite
+def mostly(draw: st.DrawFn, sound: Strategy, odd: Strategy = odd_values) -> Any:
+    """The sound value in eleven of twelve draws, otherwise an odd one. (`one_of` takes equal strategies for one.)"""
+    return draw(odd if draw(st.integers(0, 11)) == 7 else sound)
 
 
-def mostly(sound: Strategy) -> Strategy:
-    """The sound value in about seven of eight draws, otherwise an odd one."""
-    return st.integers(0, 7).flatmap(lambda draw: odd_values() if draw == 7 else sound)
+def ids(last: int) -> Strategy:
+    """Ids from 0 to `last`, as numbers, floats and strings."""
+    return st.sampled_from([form(number) for number in range(last + 1) for form in (int, int, float, str)])
 
 
-def ids() -> Strategy:
-    """Ids as numbers, floats and strings; few, so that they meet."""
-    return st.integers(0, 4).flatmap(lambda number: st.sampled_from([number, number, float(number), str(number)]))
+near = st.integers(-1, WIDTH + 1) | st.floats(-1, WIDTH + 1)
+polygons = st.one_of(
+    *[st.lists(near, min_size=2 * count, max_size=2 * count) for count in (3, 4, 5, 6)],
+    st.lists(mostly(st.floats(-WIDTH, 2 * WIDTH), odd_numbers), max_size=12),
+    st.lists(mostly(st.integers(0, WIDTH)), max_size=12),
+)
+"""Polygons as flat lists, some with an odd number of coordinates or with odd ones."""
+points = st.lists(st.lists(mostly(st.floats(0, WIDTH), odd_numbers), min_size=2, max_size=2), max_size=6)
+"""Polygons as lists of points."""
 
 
-def polygons(height: int, width: int) -> Strategy:
-    """A polygon as a flat list, now and then with odd coordinates."""
-    near = st.one_of(st.floats(-1, max(height, width) + 1), st.integers(0, max(height, width)))
-    coordinates = st.integers(0, 15).flatmap(
-        lambda draw: st.one_of(near, st.sampled_from(ODD_NUMBERS), odd_values()) if draw == 15 else near
-    )
-    return st.lists(coordinates, max_size=16)
+def _compressed(seed: int) -> str:
+    pixels = np.random.default_rng(seed).random((HEIGHT, WIDTH)) < 0.3
+    return str(mask_api.encode(np.asfortranarray(pixels, dtype=np.uint8))["counts"].decode())
 
 
-def runs(height: int, width: int) -> Strategy:
-    """Run-length masks, plain and compressed: sound, damaged and made up."""
-
-    def sound(seed: int) -> str:
-        pixels = np.random.default_rng(seed).random((height, width)) < 0.3
-        return str(mask_api.encode(np.asfortranarray(pixels, dtype=np.uint8))["counts"].decode())
-
-    compressed = st.integers(0, 2**16).map(sound)
-    damaged = st.tuples(compressed, st.integers(0, 40), st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=4)).map(
-        lambda parts: parts[0][: parts[1]] + parts[2]
-    )
-    plain = st.integers(0, height * width).map(lambda first: [first, height * width - first])
-    counts = st.one_of(
-        compressed, compressed, damaged, plain, st.lists(st.integers(-2, 2**33), max_size=6), st.text(max_size=12), odd_values()
-    )
-    size = mostly(st.sampled_from([[height, width], [height, width], [float(height), str(width)], [width, height]]))
-    return st.fixed_dictionaries({"size": size, "counts": counts})
+def _cut(counts: str, end: int, ending: str) -> str:
+    return counts[:end] + ending
 
 
-def segmentations(height: int, width: int) -> Strategy:
-    """Segmentations in every form that files have: nested and flat polygons, points, RLE, nothing."""
-    polygon = polygons(height, width)
-    points = st.lists(st.lists(st.floats(0, width), min_size=2, max_size=2), max_size=6)
-    return mostly(st.one_of(st.lists(polygon, max_size=3), polygon, points, st.lists(points, max_size=2), runs(height, width)))
+compressed_runs = st.integers(0, 2**16).map(_compressed)
+damaged_runs = st.builds(_cut, compressed_runs, st.integers(0, 40), st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=4))
+plain_runs = st.integers(0, HEIGHT * WIDTH).map(lambda first: [first, HEIGHT * WIDTH - first])
+mask_sizes = st.sampled_from([[HEIGHT, WIDTH], [HEIGHT, WIDTH], [float(HEIGHT), str(WIDTH)]])
+run_lengths = st.fixed_dictionaries(
+    {
+        "size": mostly(mask_sizes, st.just([WIDTH, HEIGHT]) | odd_values),
+        "counts": st.one_of(compressed_runs, plain_runs, damaged_runs, st.lists(st.integers(-2, 2**33), max_size=6), odd_values),
+    }
+)
+"""Masks as RLE, plain and compressed: sound, damaged and made up."""
+segmentations = mostly(st.one_of(st.lists(polygons, max_size=3), polygons, points, st.lists(points, max_size=2), run_lengths, run_lengths))
+"""Segmentations in every form that files have."""
+boxes = mostly(st.lists(mostly(st.floats(0, WIDTH), odd_numbers), min_size=3, max_size=4))
 
 
 @st.composite
 def coco_trees(draw: st.DrawFn) -> Any:
-    """The tree of an annotation file: images of 12 x 16 pixels, their annotations and categories; any part may be odd or missing."""
-    height, width = 12, 16
-    image = st.fixed_dictionaries(
-        {
-            "id": mostly(ids()),
-            "file_name": mostly(st.sampled_from(["a.png", "b.png", "c/d.png", "e\\f.png", "./g.png"])),
-            "height": mostly(st.just(height)),
-            "width": mostly(st.just(width)),
-        },
-        optional={"coco_url": odd_values(), "neg_category_ids": mostly(st.lists(ids())), "license": odd_values()},
-    )
+    """The tree of an annotation file. In most, images and categories are sound and any part of an annotation may be odd; in the others
+    any part may be odd or missing."""
+    structured = draw(st.integers(0, 3)) > 0
+    part = (lambda sound: sound) if structured else mostly
+    count, classes = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    extras = {"coco_url": odd_values, "neg_category_ids": mostly(st.lists(ids(classes))), "license": odd_values}
+    images = [
+        draw(
+            st.fixed_dictionaries(
+                {
+                    "id": part(st.just(i)),
+                    "file_name": part(st.just(f"{i}.png")),
+                    "height": part(st.just(HEIGHT)),
+                    "width": part(st.just(WIDTH)),
+                },
+                optional=extras,
+            )
+        )
+        for i in range(count)
+    ]
+    categories = [
+        draw(
+            st.fixed_dictionaries(
+                {"id": part(st.just(i)), "name": part(st.just(f"class {i}"))},
+                optional={"supercategory": odd_values, "frequency": odd_values},
+            )
+        )
+        for i in range(classes)
+    ]
     annotation = st.fixed_dictionaries(
-        {"image_id": mostly(ids()), "category_id": mostly(ids()), "segmentation": segmentations(height, width)},
+        {"image_id": mostly(ids(count - 1)), "category_id": mostly(ids(classes - 1)), "segmentation": segmentations},
         optional={
-            "id": odd_values(),
-            "bbox": mostly(st.lists(st.floats(-5, 20) | st.sampled_from(ODD_NUMBERS), max_size=5)),
+            "bbox": boxes,
             "area": mostly(st.floats(0, 100)),
             "iscrowd": mostly(st.sampled_from([0, 1, "0", "1", True, 0.0])),
+            **({} if structured else {"id": odd_values}),
         },
     )
-    category = st.fixed_dictionaries(
-        {"id": mostly(ids()), "name": mostly(st.text(min_size=1, max_size=4))},
-        optional={"supercategory": odd_values(), "frequency": odd_values()},
-    )
-
-    def apart(entries: list[Any], name: str, form: str) -> list[Any]:
-        """The entries, most with an id and a name of their own, so that most files get past the check for duplicates."""
-        return [{**entry, "id": i, name: form.format(i)} if draw(st.integers(0, 9)) else entry for i, entry in enumerate(entries)]
-
-    tree = {
-        "images": apart(draw(st.lists(image, min_size=1, max_size=3)), "file_name", "{}.png"),
-        "annotations": draw(st.lists(mostly(annotation), max_size=6)),
-        "categories": apart(draw(st.lists(category, min_size=1, max_size=3)), "name", "class {}"),
-    }
-    damage = draw(st.integers(0, 15))
-    if damage == 15:
-        tree[draw(st.sampled_from(sorted(tree)))] = draw(odd_values())
-    if damage == 14:
+    tree: dict[str, Any] = {"images": images, "annotations": draw(st.lists(mostly(annotation), max_size=6)), "categories": categories}
+    damage = 0 if structured else draw(st.integers(0, 5))
+    if damage == 3:
+        tree[draw(st.sampled_from(sorted(tree)))] = draw(odd_values)
+    if damage == 4:
         del tree[draw(st.sampled_from(sorted(tree)))]
-    return tree if damage != 13 else draw(st.one_of(odd_values(), st.just([tree])))
+    return draw(st.one_of(odd_values, st.just([tree]))) if damage == 5 else tree
 
 
 @st.composite
 def coco_documents(draw: st.DrawFn) -> bytes:
-    """The bytes of an annotation file: JSON in several encodings, sometimes cut short or with other bytes in it."""
+    """The bytes of an annotation file: JSON in several encodings, one in six cut short, with other bytes in it, or no JSON at all."""
     text = json.dumps(draw(coco_trees()))
     content = text.encode(draw(st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16"])))
-    damage = draw(st.integers(0, 15))
-    at = draw(st.integers(0, len(content)))
-    if damage == 15:
+    damage, at = draw(st.integers(0, 17)), draw(st.integers(0, len(content)))
+    if damage == 17:
         return content[:at]
-    if damage == 14:
+    if damage == 16:
         return content[:at] + draw(st.binary(max_size=8)) + content[at + 1 :]
-    return draw(st.binary(max_size=64)) if damage == 13 else content
+    return draw(st.binary(max_size=64)) if damage == 15 else content
