@@ -1,4 +1,4 @@
-"""`dynamask data`: data sets to learn from and measure on."""
+"""`dynamask data`: writes generated data sets for training and validation."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import typer
 
 from cli.options import Json
 
-app = typer.Typer(help="Data sets to learn from and measure on.", no_args_is_help=True)
+app = typer.Typer(help="Write generated data sets for training and validation.", no_args_is_help=True)
 
 
 @app.callback()
 def data() -> None:
-    """Data sets to learn from and measure on."""
+    """Write generated data sets for training and validation."""
 
 
 @app.command()
 def shapes(
     folder: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads it at run time, on Python 3.10 too)
-        typer.Argument(help="Where images/ and instances.json (COCO) go; leave out to write a video alone."),
+        typer.Argument(help="The folder to write images/ and instances.json (COCO format) to; leave it out to write only a video."),
     ] = None,
     images: Annotated[int, typer.Option(help="Number of images.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same shapes.")] = 0,
     size: Annotated[str, typer.Option(metavar="HxW", help="Height and width, pixels.")] = "320x320",
-    video: Annotated[Optional[Path], typer.Option(help="Also film shapes in motion: an MP4, its objects beside it as .json.")] = None,  # noqa: UP045
+    video: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Also write a video of moving shapes to this MP4 file, with its objects in a .json file beside it."),
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames of the video, 25 a second.")] = 250,
     json: Json = None,
 ) -> None:
@@ -82,10 +85,10 @@ def prepare(
 @app.command("prepare")
 def prepare_miniature(
     kind: Annotated[str, typer.Argument(help="The layout: coco, lvis or cityscapes.")],
-    folder: Annotated[Path, typer.Argument(help="Where it goes; for --set data.root=FOLDER.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write to; train on it with --set data.root=FOLDER.")],
     json: Json = None,
 ) -> None:
-    """Write a miniature of COCO 2017, LVIS v1 or Cityscapes, of generated shapes, to try a whole run.
+    """Write a few generated images in the layout of COCO 2017, LVIS v1 or Cityscapes, to try out a whole run.
 
     Example: dynamask data prepare cityscapes miniature
     """

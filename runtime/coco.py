@@ -192,9 +192,14 @@ class CocoData:
         }
 
     def summary(self) -> list[str]:
-        """Sentences about what is left out and repaired; none if that is nothing. "Warning:" begins one if the share is above a tenth."""
+        """Sentences for the start of a run: annotations left out, images missing in the folder, boxes repaired.
+
+        None of a number that is 0. A sentence begins with "Warning:" if more than a tenth is left out.
+        """
+        missing = len(self.missing_files())
+        images_left_out = self.images_left_out or ({MISSING_FILE: missing} if missing else {})
         lines = [
-            _left_out_line(self.path, "images", len(self.images), self.images_left_out),
+            _left_out_line(self.path, "images", len(self.images) - missing, images_left_out),
             _left_out_line(self.path, "annotations", len(self.annotations), self.left_out),
         ]
         if self.repaired:

@@ -84,17 +84,18 @@ def _annotations(
         if annotation["image_id"] not in chosen:
             continue
         # Both engines take identifier 0 for "unmatched", so annotations are numbered afresh from 1.
-        copy = {**annotation, "id": len(kept) + 1, "iscrowd": int(crowd_flag(annotation.get("iscrowd")))}
-        if rasterise:
-            image = images[annotation["image_id"]]
-            try:
+        copy = {**annotation, "id": len(kept) + 1}
+        try:
+            copy["iscrowd"] = int(crowd_flag(annotation.get("iscrowd")))
+            if rasterise:
+                image = images[annotation["image_id"]]
                 rle = encode_mask(annotation.get("segmentation"), image["height"], image["width"])
-            except MaskError:
-                continue
-            copy["segmentation"] = rle
-            copy["bbox"], copy["area"] = list(checked_box(annotation.get("bbox"), rle)[0]), checked_area(annotation.get("area"), rle)
-        else:
-            copy.setdefault("area", math.prod(copy["bbox"][2:]))
+                box, _ = checked_box(annotation.get("bbox"), rle)
+                copy |= {"segmentation": rle, "bbox": list(box), "area": checked_area(annotation.get("area"), rle)}
+            else:
+                copy.setdefault("area", math.prod(copy["bbox"][2:]))
+        except MaskError:
+            continue
         kept.append(copy)
     return kept
 

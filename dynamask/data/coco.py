@@ -19,7 +19,7 @@ Part = Literal["train", "val"]
 
 
 class LabelledDataset(Protocol):
-    """What all data sets have in common, to learn from and to be judged on; `CocoDataset` says what each is."""
+    """The interface of all data sets, for training and validation; `CocoDataset` describes each member."""
 
     @property
     def classes(self) -> list[dict[str, Any]]: ...
@@ -37,14 +37,14 @@ class LabelledDataset(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """What the folder of a published data set holds (`paths`, relative to it), and where it is to be had."""
+    """The files and folders of a published data set (`paths`, relative to its folder), and the site it comes from (`source`)."""
 
     name: str
     paths: tuple[str, ...]
     source: str
 
     def check(self, root: Path) -> None:
-        """Look for the files and folders, so that a run ends before it reads a large file in vain.
+        """Look for the files and folders before a large file is read.
 
         Raises:
             InputError: names the first that is missing.
@@ -54,7 +54,7 @@ class Layout:
                 raise self.missing(root, path)
 
     def check_files(self, root: Path, files: Iterable[str]) -> None:
-        """Look for files by their paths relative to `root`; each folder is listed once, since there may be 100 000.
+        """Look for files by their paths relative to `root`. Each folder is listed only once: there may be 100,000 files.
 
         Raises:
             InputError: names the first that is missing.
@@ -68,9 +68,9 @@ class Layout:
                 raise self.missing(root, file)
 
     def missing(self, root: Path, path: str) -> InputError:
-        """The sentence for a path that is not there."""
+        """The error for a path that does not exist."""
         return InputError(
-            f"{root / path} is missing: data.root={root} must hold {', '.join(self.paths)}, complete, as in {self.name} ({self.source})."
+            f"{root / path} is missing: data.root={root} must contain all of {', '.join(self.paths)}, as in {self.name} ({self.source})."
         )
 
 

@@ -23,7 +23,7 @@ class LvisDataset(CocoDataset):
     """Images and instance masks from an LVIS v1 file.
 
     Of most classes it is unknown whether an image shows them: only those annotated in it, and those in its `neg_category_ids`, were
-    looked for. `coco_dict` keeps what `runtime.coco_metrics` needs to judge by that: both lists of each image, and each category's
+    looked for. `coco_dict` keeps what `runtime.coco_metrics` needs for that rule: both lists of each image, and each category's
     `frequency`.
 
     Args:

@@ -70,7 +70,7 @@ def _write_lvis(folder: Path, part: Part) -> None:
     images, annotations = [], []
     for index, picture, objects in _pictures(part):
         image_id = 1000 * _SEEDS[part] + index
-        # In LVIS v1, too, images to judge on stand among COCO's images to learn from.
+        # In LVIS v1, too, some validation images are in the folder of COCO's training images.
         file = f"{'train' if index == 0 else part}2017/{image_id:012d}.jpg"
         write_image(folder / file, picture)
         counts = Counter(thing["label"] + 1 for thing in objects)

@@ -1,12 +1,16 @@
-"""The tables that `dynamask validate` prints."""
+"""`dynamask validate`: the tables that it prints, and what it says about the data."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cli.main import main
 from cli.validate import _print
+from runtime.bundle import Bundle
 from runtime.statistics import LATENCIES
 from runtime.validate import POLICIES
 
@@ -37,3 +41,37 @@ def test_the_tables_fit_a_terminal_of_80_columns(
         assert printed.count(f" {policy} ") == 3
     assert "1.406" in printed and "25/25/25/25" in printed and "3456.7" in printed
     assert "skipped torn.jpg" in printed and "left out 17 annotations: empty mask" in printed
+
+
+def test_much_left_out_is_said_at_the_start_and_in_the_result(
+    example_files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = [{"id": entry.id, "name": entry.name} for entry in Bundle.open(example_files["bundle"]).manifest.classes]
+    fields = {"image_id": 1, "category_id": classes[0]["id"], "segmentation": [[8, 4, 40, 4, 40, 36]]}
+    annotations = [fields, fields | {"category_id": 999}, fields | {"segmentation": [[8, 4, float("nan"), 4, 40, 36]]}]
+    height, width = example_files["image"].shape[:2]
+    images = [{"id": 1, "file_name": "photo.jpg", "height": height, "width": width}]
+    data, result = tmp_path / "data.json", tmp_path / "result.json"
+    data.write_text(json.dumps({"images": images, "annotations": annotations, "categories": classes}))
+    folder = str(example_files["photo"].parent)
+    call = [
+        "validate",
+        str(example_files["bundle"]),
+        "--data",
+        str(data),
+        "--images",
+        folder,
+        "--grid",
+        "uniform-28",
+        "--json",
+        str(result),
+    ]
+    assert main(call) == 0
+    assert capsys.readouterr().err.startswith(f"Warning: {data}: 2 of 3 annotations (66.7%) are left out: ")
+    dataset = json.loads(result.read_text())["dataset"]
+    assert dataset["annotations"] == 1
+    assert dataset["annotations_left_out"] == {"unknown category": 1, "polygon with a number that is not finite": 1}
+    assert dataset["boxes_repaired"] == {"box missing or wrong, taken from the mask": 1}
+    data.write_text(json.dumps({"images": images, "annotations": annotations[1:], "categories": classes}))
+    assert main(call) == 2
+    assert "none of its 2 annotations can be used" in capsys.readouterr().err

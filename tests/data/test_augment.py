@@ -106,7 +106,7 @@ def test_another_image_stands_in_for_a_broken_one(tmp_path: Path) -> None:
         found = {index: items[index, epoch][1] for index in (2, 3, 9)}
         assert found[2]["skipped"] == []
         assert found[3]["skipped"][0]["index"] == 3
-        assert "9.png is damaged or truncated" in found[9]["skipped"][0]["reason"]
+        assert "9.png is truncated" in found[9]["skipped"][0]["reason"]
         assert not {found[3]["image_id"], found[9]["image_id"]} & {103, 109}
         assert found[3]["image_id"] == items[3, epoch][1]["image_id"]
         stand_ins.add(found[3]["image_id"])

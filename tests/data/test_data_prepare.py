@@ -113,7 +113,7 @@ def test_a_missing_file_ends_the_run_before_it_begins(kind: str, roots: dict[str
 def test_the_folder_must_be_given_and_nothing_beside_it(kind: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"data\.root is not given.*{kind}"):
         trainer.train(tiny(kind, None), tmp_path / "run", quiet=True)
-    with pytest.raises(InputError, match="root takes the place"):
+    with pytest.raises(InputError, match="root stands for all four paths"):
         tiny(kind, tmp_path, **{"data.val_images": "val2017"})
 
 

@@ -366,6 +366,8 @@ def test_the_truth_is_the_usable_content_in_coco_format(tmp_path: Path) -> None:
 
 
 def test_little_left_out_is_said_and_much_is_said_loudly(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.touch()
     assert read(tmp_path, entry()).summary() == []
     few = read(tmp_path, *[entry() for _ in range(9)], entry(image_id=8))
     assert few.summary() == [f"{few.path}: 1 of 10 annotations (10.0%) are left out: 1 unknown image."]
@@ -373,6 +375,9 @@ def test_little_left_out_is_said_and_much_is_said_loudly(tmp_path: Path) -> None
     warning, repaired = many.summary()
     assert warning.startswith(f"Warning: {many.path}: 3 of 5 annotations (60.0%) are left out: 2 unknown image, 1 no mask; ")
     assert repaired == f"{many.path}: boxes repaired: 1 box missing or wrong, taken from the mask."
+    picture.unlink()
+    missing, _, _ = many.summary()
+    assert missing.startswith(f"Warning: {many.path}: 1 of 1 images (100.0%) are left out: 1 image file missing; ")
     assert many.counts() == {
         "images": 1,
         "images_left_out": {},

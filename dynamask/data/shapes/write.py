@@ -64,7 +64,7 @@ def write_video(path: str | Path, frames: int, seed: int, height: int = 320, wid
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
-        raise InputError(f"{path} does not end in .mp4, the only format shapes are filmed in: rename it.")
+        raise InputError(f"{path} does not end in .mp4, the only video format that is written: rename it.")
     if frames < 1 or height % 2 or width % 2:
         raise InputError(f"{path} cannot have {frames} frames of {height}x{width}: ask for at least 1 frame and an even height and width.")
     images: list[dict[str, Any]] = []
