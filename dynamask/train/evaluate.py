@@ -33,17 +33,17 @@ def evaluate(
     policy: Policy = ROUTED,
     iou_types: Sequence[str] = ("bbox", "segm"),
 ) -> dict[str, Any] | None:
-    """AP of the model on the first `images` images of a data set; the model is back in its mode afterwards.
+    """AP of the model on the first `images` images of a data set. The model keeps its mode (training or evaluation).
 
     Args:
-        grid: one of `GRIDS` for every instance; None follows `policy`. A Mask R-CNN head has its own grid whatever either asks for.
+        grid: one of `GRIDS` for every instance; None follows `policy`. A Mask R-CNN head uses its own grid in any case.
         stop: asked before each image.
         policy: how the grids are chosen (`runtime.policies.parse_policy`); a budget is kept over all images, as `dynamask validate` does.
         iou_types: of `runtime.coco_metrics.evaluate_coco`.
 
     Returns:
         By IoU type AP, AP50, AP75, AP_S, AP_M, AP_L, of LVIS also AP_r, AP_c, AP_f, times 100; `share` of each grid among the detections,
-        `images`, `detections`; None if `stop` said so.
+        `images`, `detections`; None if `stop` returned True.
     """
     if model.mask_branch.msm is None:
         policy = ROUTED

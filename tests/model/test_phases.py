@@ -34,5 +34,5 @@ def test_with_a_frozen_detector_the_mask_branch_learns_alone(phase: int, losses:
 @pytest.mark.parametrize("weights", ["none", "imagenet"])
 @pytest.mark.parametrize("kept", [{"train.frozen_detector": True}, {"weights_part": "detector"}])
 def test_a_detector_that_was_never_trained_cannot_be_kept(weights: str, kept: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"weights '{weights}' hold no trained detector"):
+    with pytest.raises(InputError, match=f"weights '{weights}' have no trained detector"):
         load_config("lite0-shapes", {"weights": weights, **kept})

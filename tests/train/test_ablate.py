@@ -56,7 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
     """The policy of every evaluation, which then has figures of its own: AP is the evaluation's number."""
     calls: list[tuple[str, float, int]] = []
 
@@ -125,7 +125,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_seeds_give_means_and_spreads(tmp_path: Path, untrained: list[str], judged: list[Any]) -> None:
+def test_seeds_give_means_and_spreads(tmp_path: Path, untrained: list[str], evaluated: list[Any]) -> None:
     table = run_plan(write(tmp_path, seeds=[3, 5], rows=[{"name": "DynaMask"}]), tmp_path / "out", quiet=True)
     assert untrained == ["dynamask/seed-3", "dynamask/seed-5"]
     row = table["rows"][0]
@@ -138,19 +138,21 @@ def test_seeds_give_means_and_spreads(tmp_path: Path, untrained: list[str], judg
     assert cells[1:5] == ["routed", "1.5 ± 0.7", "–", "2.0 ± 0.0"] and "50 / 50 / 0 / 0" in cells
 
 
-def test_a_row_from_another_trains_nothing_and_nothing_is_judged_twice(tmp_path: Path, untrained: list[str], judged: list[Any]) -> None:
+def test_a_row_from_another_trains_nothing_and_no_evaluation_is_repeated(
+    tmp_path: Path, untrained: list[str], evaluated: list[Any]
+) -> None:
     rows = [{"name": "DynaMask"}, {"name": "Rule", "from": "DynaMask", "policies": ["size-based", "routed"]}]
     table = run_plan(write(tmp_path, rows=rows), tmp_path / "out", quiet=True)
-    assert untrained == ["dynamask/seed-0"] and judged == [("routed", 0.0, -1), ("size-based", 0.0, 4)]
+    assert untrained == ["dynamask/seed-0"] and evaluated == [("routed", 0.0, -1), ("size-based", 0.0, 4)]
     assert [(row["policy"], row["AP"]["mean"]) for row in table["rows"]] == [("routed", 1.0), ("size-based", 2.0), ("routed", 1.0)]
     assert table["rows"][1]["training_seconds"]["mean"] is None
 
     (tmp_path / "out" / "dynamask" / "seed-0" / "metrics.json").unlink()
     run_plan(write(tmp_path, set={**FIELDS, "train.evaluate_images": 2}, rows=rows[:1]), tmp_path / "out", quiet=True)
-    assert len(untrained) == 2 and judged[2:] == [("routed", 0.0, -1)]  # other images: judged again
+    assert len(untrained) == 2 and evaluated[2:] == [("routed", 0.0, -1)]  # other images: evaluated again
 
 
-def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path, trained: list[str], judged: list[Any]) -> None:
+def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path, trained: list[str], evaluated: list[Any]) -> None:
     run_plan(write(tmp_path, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
     with pytest.raises(InputError, match=r"train\.learning_rate"):
         run_plan(write(tmp_path, set={**FIELDS, "train.learning_rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
@@ -224,7 +226,7 @@ def test_there_is_a_plan_for_each_table() -> None:
 
 
 def test_the_command_prints_the_table_and_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], untrained: list[str], judged: list[Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], untrained: list[str], evaluated: list[Any]
 ) -> None:
     arguments = ["ablate", str(write(tmp_path, rows=[MASK_RCNN])), "--output", str(tmp_path / "out"), "--json", str(tmp_path / "t.json")]
     assert command_line.main(arguments) == 0

@@ -1,4 +1,4 @@
-"""The figures of an evaluation, from detections whose worth is known."""
+"""The figures of an evaluation, from detections whose AP is known."""
 
 from __future__ import annotations
 
