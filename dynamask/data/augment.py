@@ -1,4 +1,4 @@
-"""What training makes of a data set's items: broken images replaced, instances pasted, portrait images on a canvas that is turned."""
+"""The training items: broken images replaced, instances pasted, portrait images on the transposed canvas."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dynamask.data.coco import CocoDataset, LabelledDataset
 from runtime.errors import InputError
 
 TOLERATED_SHARE = 0.1
-"""So large a share of the images may be broken; with more, a run ends."""
+"""The share of the images that may be broken; a run with more of them ends."""
 PASTED_SHARE = 0.5
-"""Of the other image's instances, each is pasted with this probability."""
+"""The probability with which each instance of the other image is pasted."""
 _PASTE, _REPLACE = 1, 2
-"""Set apart the random numbers of pasting and replacing from those of the canvas."""
+"""Seeds that keep the random numbers of pasting and replacing apart from those of the canvas."""
 
 
 def copy_paste(
@@ -33,8 +33,8 @@ def copy_paste(
         target, other_target: as `to_canvas` gives them: `boxes`, `labels`, `masks [G, H, W] uint8`.
 
     Returns:
-        The canvas, and the target with what is hidden taken from its masks: boxes tight about what is left, instances of which less than
-        two pixels are left either way gone, the pasted ones last.
+        The canvas, and the target. Masks lose the pixels that pasted instances hide, and boxes are tight about the rest. Instances less
+        than two pixels wide or high are left out. The pasted ones come last.
     """
     pasted = torch.from_numpy(rng.random(len(other_target["labels"])) < PASTED_SHARE)
     cover = other_target["masks"][pasted].bool().any(dim=0)
@@ -51,15 +51,15 @@ def copy_paste(
 
 
 class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
-    """Items on the canvas by `(index, epoch)`, so that a loader's workers need not be told when an epoch begins.
+    """Items on the canvas by `(index, epoch)`: a loader's workers get the epoch with each index.
 
-    An item is as `to_canvas` gives it, with `skipped` in its target: an `{"index", "reason"}` for each image that could not be read
-    on the way to it. Which image stands in for a broken one, and what is pasted, depend on the seed, the epoch and the index alone.
+    An item is as `to_canvas` gives it. Its target also has `skipped`: `{"index", "reason"}` of each image that could not be read for
+    it. The image that replaces a broken one, and the pasted instances, depend on the seed, the epoch and the index alone.
 
     Attributes:
         classes: the data set's.
-        turned: by index, whether the image lies on the transposed canvas, or empty where none does.
-        tolerated: so many of the images may be broken.
+        turned: by index, whether the image is placed on the transposed canvas; empty if none is.
+        tolerated: the number of images that may be broken.
     """
 
     def __init__(self, dataset: LabelledDataset, config: Config) -> None:
@@ -77,7 +77,7 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
         )
         self.tolerated = int(TOLERATED_SHARE * len(self))
         self.turned: list[bool] = []
-        if data.portrait_batches and isinstance(dataset, CocoDataset):  # the images of other data sets are all of one form
+        if data.portrait_batches and isinstance(dataset, CocoDataset):  # in other data sets all images have one size
             records = [dataset.data.images[item] for item in self.items.indices]
             sizes = [(record.height, record.width) for record in records]
             self.turned = turned_images(sizes, model.canvas, config.train.batch)
@@ -94,7 +94,7 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
             if found is not None:
                 image, target = self._pasted(*found, candidate, epoch, turned, skipped)
                 return image, {**target, "skipped": skipped}
-        image, target = self.items.blank(turned)  # never learnt from: that many end the run
+        image, target = self.items.blank(turned)  # not trained on: this many broken images end the run
         return image, {**target, "skipped": skipped}
 
     def _read(self, index: int, epoch: int, turned: bool, skipped: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Any]] | None:
@@ -105,7 +105,7 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
             return None
 
     def _candidates(self, index: int, epoch: int) -> Iterator[int]:
-        """The image itself, then others to stand in for it: one more in all than may be broken."""
+        """The image itself, then those that may replace it: one more in all than may be broken."""
         yield index
         start = int(np.random.default_rng([self.seed, epoch, index, _REPLACE]).integers(len(self)))
         others = ((start + i) % len(self) for i in range(self.tolerated + 1))
@@ -114,8 +114,10 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
     def _pasted(
         self, image: Tensor, target: dict[str, Any], index: int, epoch: int, turned: bool, skipped: list[dict[str, Any]]
     ) -> tuple[Tensor, dict[str, Any]]:
-        """With the probability `copy_paste`, the item with instances of another one. That is any of the data set, not of the batch, which
-        several processes share: with as many processes as there may be, the item is the same."""
+        """With the probability `copy_paste`, the item with instances of another one pasted in.
+
+        The other item is any of the data set, not of the batch, so that the item is the same for any number of processes.
+        """
         if not self.copy_paste:
             return image, target
         rng = np.random.default_rng([self.seed, epoch, index, _PASTE])
@@ -126,9 +128,10 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
 
 
 def turned_images(sizes: list[tuple[int, int]], canvas: tuple[int, int], batch: int) -> list[bool]:
-    """Which images, of `sizes` (height, width), lie better on the canvas (height, width) when it is transposed; empty where none does.
+    """Whether each image, of `sizes` (height, width), is placed on the transposed canvas (height, width); empty if none is.
 
-    Batches hold images of one kind, so a kind of which there is no whole batch goes with the other.
+    An image is, if it then fills more of the canvas. All images of a batch have one canvas, so if one of the two has too few images for
+    a batch, they go to the other.
     """
     turned = [(height - width) * (canvas[1] - canvas[0]) > 0 for height, width in sizes]
     if sum(turned) < batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,23 +10,13 @@ import torch
 from torch import Tensor
 
 from dynamask.data.boxes import mask_box
+from dynamask.data.coco import InstanceDataset
 from runtime.preprocess import letterbox_scale, place_normalised, resize, scaled_size
 
 Array = npt.NDArray[Any]
 
 _SMALLEST_SIDE = 2.0
-"""Instances narrower than this on the canvas, in pixels, are left out: no mask can be learnt from them."""
-
-
-class InstanceDataset(Protocol):
-    """What `CocoDataset` and `ShapesDataset` have in common."""
-
-    @property
-    def indices_with_instances(self) -> list[int]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Array, dict[str, Any]]: ...
+"""Instances narrower than this on the canvas, in pixels, are left out: they are too small to train on."""
 
 
 def to_canvas(
@@ -40,10 +30,10 @@ def to_canvas(
     scale_jitter: tuple[float, float] = (1.0, 1.0),
     flip: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Letterbox an image and its instances: scaled to fit, at the top left, the rest zeros after normalising.
+    """Letterbox an image and its instances: scaled to fit the canvas, at its top left, normalised; the rest is 0.
 
-    With `rng`, the scale is multiplied by a number drawn from `scale_jitter` (what then exceeds the canvas is cropped, at random), and
-    with `flip` every other image is mirrored. Without `rng` nothing is random.
+    With `rng`, the scale is multiplied by a number drawn from `scale_jitter`, and an image larger than the canvas is cropped at a random
+    place. With `flip`, one image in two is mirrored, at random. Without `rng` nothing is random.
 
     Args:
         image: `[h, w, 3] uint8` RGB.
@@ -54,7 +44,7 @@ def to_canvas(
     Returns:
         The canvas `[3, height, width] float32`, and the target in its pixels: `boxes [G', 4] float32` (xyxy, tight about the masks),
         `labels [G'] int64`, `masks [G', height, width] uint8`, `image_id` (int), `scale` (float, canvas pixels per image pixel).
-        Instances of which less than two pixels remain either way are left out.
+        Instances less than two pixels wide or high are left out.
     """
     masks = target["masks"]
     scale, _, _ = letterbox_scale(image.shape[0], image.shape[1], height, width)
@@ -95,7 +85,7 @@ def _window(size: tuple[int, ...], canvas: tuple[int, int], rng: np.random.Gener
 
 
 def tight_box(mask: Array) -> tuple[int, int, int, int] | None:
-    """The box about a mask `[H, W]`, xyxy in pixels, or None if it is too small to learn from."""
+    """The box about a mask `[H, W]`, xyxy in pixels, or None if it is too small to train on."""
     box = mask_box(mask)
     if box is None or min(box[2:] - box[:2]) < _SMALLEST_SIDE:
         return None

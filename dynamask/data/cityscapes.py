@@ -21,7 +21,7 @@ CITYSCAPES = Layout(
     "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of https://www.cityscapes-dataset.com/downloads",
 )
 CLASSES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
-"""Cityscapes' label id → name; caravans and trailers have instances too, but are not judged."""
+"""Cityscapes' label id → name; caravans and trailers have instances too, but are not evaluated."""
 
 _LABELS = {category: i + 1 for i, category in enumerate(CLASSES)}
 _IMAGE, _INSTANCES = "_leftImg8bit.png", "_gtFine_instanceIds.png"
@@ -31,7 +31,7 @@ class CityscapesDataset:
     """Images and instance masks of one part of Cityscapes, with the items and attributes of `CocoDataset`.
 
     A pixel of `…_gtFine_instanceIds.png` is `class * 1000 + instance`, or below 1000 the class alone: of what has no instances, and of
-    groups whose members were not told apart. Groups are crowds: not learnt from, and detections on them not counted as wrong.
+    groups whose members are not annotated one by one. Groups are crowds: not trained on, and detections on them do not count as wrong.
 
     Args:
         root: the folder with `leftImg8bit/` and `gtFine/`.

@@ -18,21 +18,25 @@ Array = npt.NDArray[Any]
 Part = Literal["train", "val"]
 
 
-class LabelledDataset(Protocol):
+class InstanceDataset(Protocol):
+    """Images with instances; `CocoDataset` describes each member."""
+
+    @property
+    def indices_with_instances(self) -> list[int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Array, dict[str, Any]]: ...
+
+
+class LabelledDataset(InstanceDataset, Protocol):
     """The interface of all data sets, for training and validation; `CocoDataset` describes each member."""
 
     @property
     def classes(self) -> list[dict[str, Any]]: ...
 
     @property
-    def indices_with_instances(self) -> list[int]: ...
-
-    @property
     def coco_dict(self) -> dict[str, Any]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Array, dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)

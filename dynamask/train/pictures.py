@@ -14,7 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dynamask.config import Config
-from dynamask.data.canvas import InstanceDataset, to_canvas
+from dynamask.data.canvas import to_canvas
+from dynamask.data.coco import InstanceDataset
 from dynamask.losses import edge_target
 from dynamask.mask_targets import grid_targets
 from dynamask.model import DynaMask
