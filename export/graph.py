@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from dynamask.detector import RPN_NMS_THRESHOLD
+from dynamask.detector import CANDIDATES_PER_DETECTION, RPN_NMS_THRESHOLD
 from dynamask.mask_branch import DynamicMaskBranch
 from dynamask.model import DynaMask
 from export.seams import DETECTOR_SEAMS, MASK_SEAMS, GraphFacts, write_facts
@@ -106,6 +106,7 @@ def graph_facts(model: DynaMask, canvas: tuple[int, int]) -> GraphFacts:
             "proposal_nms_threshold": RPN_NMS_THRESHOLD,
             "canonical_size": config.canonical_size,
             "detections": config.detections,
+            "candidates": CANDIDATES_PER_DETECTION * config.detections,
             "score_threshold": config.score_threshold,
             "nms_threshold": config.nms_threshold,
             "costs": model.mask_branch.costs.tolist(),
@@ -114,7 +115,7 @@ def graph_facts(model: DynaMask, canvas: tuple[int, int]) -> GraphFacts:
 
 
 def _hide_seams(model: onnx.ModelProto) -> None:
-    """The seams stop being outputs, and stay as named and typed tensors inside; so do the detections, which are both."""
+    """Keep the seams as named and typed tensors inside the graph, no longer as outputs; the detections stay outputs too."""
     outputs = {value.name: value for value in model.graph.output}
     present = {value.name for value in model.graph.value_info}
     model.graph.value_info.extend(outputs[name] for name in (*DETECTIONS, *DETECTOR_SEAMS, *MASK_SEAMS) if name not in present)
@@ -123,13 +124,13 @@ def _hide_seams(model: onnx.ModelProto) -> None:
 
 
 def _name_counts(model: onnx.ModelProto, proposals: int) -> None:
-    """The data-dependent sizes, which the exporter names in order of appearance (u11), get names: `n` instances in all, `n_14` to `n_112`
-    that end at a grid, `on_28` to `on_112` that go through a stage.
+    """Name the sizes that depend on the data, which the exporter numbers in order of appearance (`u11`).
 
-    That as many regions come back from the levels of the pyramid as proposals went there is something the exporter cannot know.
+    `n` instances in all, `n_14` to `n_112` that exit at a grid, `stage_28` to `stage_112` that run through a stage. The number of regions
+    from the levels of the pyramid is the number of proposals, which the exporter cannot know.
     """
     named: dict[str, str | int] = {"slots": "n", "region": "n", "box_region": proposals}
-    named |= {f"slots_{grid}": f"n_{grid}" for grid in GRIDS} | {f"onward_{grid}": f"on_{grid}" for grid in GRIDS[1:]}
+    named |= {f"slots_{grid}": f"n_{grid}" for grid in GRIDS} | {f"continue_{grid}": f"stage_{grid}" for grid in GRIDS[1:]}
     shapes = {value.name: value.type.tensor_type.shape for value in model.graph.output}
     sizes = {shapes[tensor].dim[0].dim_param: size for tensor, size in named.items()}
     for value in [*model.graph.output, *model.graph.value_info]:
@@ -142,7 +143,7 @@ def _name_counts(model: onnx.ModelProto, proposals: int) -> None:
 
 
 def _drop_traces(model: onnx.ModelProto) -> None:
-    """Stack traces and module hierarchies hold paths of the machine that exported, and a third of a small graph's bytes."""
+    """Remove stack traces and module hierarchies: they hold paths of this machine, and are a third of a small graph's bytes."""
     for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")

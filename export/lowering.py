@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from export.seams import HERE, ONWARD, RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
+from export.seams import CONTINUE, EXIT, RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
 from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
 from runtime.graph import DETECTIONS, PYRAMID, SLOTS
@@ -123,6 +123,7 @@ def lower_detections(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> in
         "proposals": facts.proposals,
         "stride": facts.strides[0],
         "detections": facts.detections,
+        "candidates": facts.candidates,
         "score_threshold": facts.score_threshold,
         "nms_threshold": facts.nms_threshold,
     }
@@ -141,7 +142,7 @@ def lower_routing(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
         "costs": list(facts.costs),
     }
     node = _operator("MsmRoute", "msm_route", attributes, [*map(_widened, inputs), _finest_map(graph)])
-    replace_between(graph, inputs, _seams(graph, "grids", *ONWARD, *HERE, *SLOTS), node, sizes=SIZES)
+    replace_between(graph, inputs, _seams(graph, "grids", *CONTINUE, *EXIT, *SLOTS), node, sizes=SIZES)
     return 1
 
 
@@ -223,7 +224,7 @@ def lower_deform_conv(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> i
 REWRITES: tuple[tuple[str, Callable[[gs.Graph, GraphFacts, Profile], int], str], ...] = (
     ("Proposals", lower_proposals, "NonMaxSuppression has no implementation; top-k, decoding and NMS stay on the device"),
     ("Detections", lower_detections, "NonMaxSuppression and NonZero have no implementation; how many are found stays on the device"),
-    ("MsmRoute", lower_routing, "NonZero has no implementation; who goes through which stage is decided on the device"),
+    ("MsmRoute", lower_routing, "NonZero has no implementation; which instances run through which stage is decided on the device"),
     ("RoiAlign on the pyramid", lower_pyramid_roi_align, "each box on its own level in one launch, where NonZero sorted them by level"),
     ("RoiAlign", lower_roi_align, "the built-in one cannot be built without a GPU and takes no fp16 map with fp32 boxes"),
     ("DeformConv", lower_deform_conv, "there is no importer; bias and Relu are fused"),

@@ -1,6 +1,7 @@
-"""What the portable graph tells besides its nodes: the names of the tensors inside it at which a target may cut or replace, and facts.
+"""The portable graph's seams and facts, which a target needs to cut the graph or to replace parts of it.
 
-Imports no PyTorch: a graph is lowered where there is none.
+Seams are tensors inside the graph that have fixed names. Facts are numbers that its nodes do not show. This module imports no PyTorch,
+because a graph can be lowered where PyTorch is not installed.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from runtime.graph import GRIDS, PYRAMID
 LEVELS = range(5)
 RPN_LOGITS = tuple(f"rpn_logits_{level}" for level in LEVELS)
 RPN_DELTAS = tuple(f"rpn_deltas_{level}" for level in LEVELS)
-ONWARD = tuple(f"onward_{grid}" for grid in GRIDS[1:])
-HERE = tuple(f"here_{grid}" for grid in GRIDS)
+CONTINUE = tuple(f"continue_{grid}" for grid in GRIDS[1:])
+"""By grid from 28 on: the instances that continue to its stage, as positions among those of the stage before."""
+EXIT = tuple(f"exit_{grid}" for grid in GRIDS)
+"""By grid: the instances that exit there, as positions among those that run through its stage."""
 DETECTOR_SEAMS = (*PYRAMID, *RPN_LOGITS, *RPN_DELTAS, "proposals", "proposal_count", "box_region", "class_logits", "box_deltas")
-MASK_SEAMS = ("slots", "mask_boxes", "mask_overrides", "region", "msm_logits", *ONWARD, *HERE)
+MASK_SEAMS = ("slots", "mask_boxes", "mask_overrides", "region", "msm_logits", *CONTINUE, *EXIT)
 FACTS = "dynamask"
-"""Where the facts stand among the model's metadata."""
+"""The key of the facts in the model's metadata."""
 
 
 class GraphFacts(BaseModel):
-    """What replacing a part of the graph needs to know and its nodes do not tell."""
+    """Numbers that replacing a part of the graph needs and its nodes do not show."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,10 +46,12 @@ class GraphFacts(BaseModel):
     """Side in pixels of a box that takes its RoI feature from P4."""
     detections: int
     """K."""
+    candidates: int
+    """Scores of an image that go through the box head's NMS."""
     score_threshold: float
     nms_threshold: float
     costs: tuple[float, float, float, float]
-    """GMAC of an instance that ends at each grid."""
+    """GMAC of an instance that exits at each grid."""
 
 
 def write_facts(model: onnx.ModelProto, facts: GraphFacts) -> None:

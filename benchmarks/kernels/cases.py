@@ -29,6 +29,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 from torchvision.ops import MultiScaleRoIAlign, deform_conv2d, roi_align
 
+from dynamask.config import R50
+from dynamask.detector import CANDIDATES_PER_DETECTION, RPN_NMS_THRESHOLD
 from runtime.errors import InputError
 from runtime.paste import Crop, covered_pixels, mask_crop
 from runtime.timing import take_turns
@@ -55,7 +57,7 @@ CANONICAL_SIZE = 224.0
 CLASSES = 80
 PROPOSALS = 1000
 """Anchors kept on each level, and proposals in all."""
-NMS_THRESHOLDS = {"Proposals": 0.7, "Detections": 0.5}
+NMS_THRESHOLDS = {"Proposals": RPN_NMS_THRESHOLD, "Detections": R50.nms_threshold}
 SCORE_THRESHOLD = 0.05
 
 KERNEL = "kernel"
@@ -499,7 +501,8 @@ def _proposals(dtype: torch.dtype) -> Case:
 
 def _detections(proposals: Tensor, slots: int, dtype: torch.dtype) -> Case:
     rows, threshold = len(proposals), NMS_THRESHOLDS["Detections"]
-    limits: dict[str, Any] = {"proposals": rows, "detections": slots, "score_threshold": SCORE_THRESHOLD, "nms_threshold": threshold}
+    limits: dict[str, Any] = {"proposals": rows, "detections": slots, "candidates": CANDIDATES_PER_DETECTION * slots}
+    limits |= {"score_threshold": SCORE_THRESHOLD, "nms_threshold": threshold}
     operator = Detections(stride=STRIDES[0], **limits)
     heads = RoIHeads(nn.Identity(), None, None, 0.5, 0.5, 512, 0.25, None, SCORE_THRESHOLD, threshold, slots).eval()
     count, no_score = torch.tensor([rows], dtype=torch.int32, device="cuda"), torch.zeros((), device="cuda")

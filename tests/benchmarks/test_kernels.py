@@ -19,7 +19,6 @@ from benchmarks.kernels.__main__ import _eager, app
 from benchmarks.kernels.cases import KERNEL, Ceilings, Contender, Work, bench_kernels, deform_conv_work, input_sets, roofline, summary
 from cli.main import run
 from dynamask.config import R50
-from dynamask.detector import RPN_NMS_THRESHOLD
 from dynamask.model import build_mask_branch
 from dynamask.rfpn import STAGE_LEVELS
 from runtime.errors import InputError
@@ -40,7 +39,6 @@ def test_sizes_are_the_preset_s() -> None:
     assert R50.anchor_sizes == bench.ANCHOR_SIZES
     assert 7 * R50.anchor_sizes[0] == bench.CANONICAL_SIZE
     assert R50.proposals == R50.proposals_per_level == bench.PROPOSALS
-    assert {"Proposals": RPN_NMS_THRESHOLD, "Detections": R50.nms_threshold} == bench.NMS_THRESHOLDS
     assert R50.score_threshold == bench.SCORE_THRESHOLD
 
 

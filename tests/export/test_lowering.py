@@ -34,7 +34,7 @@ from export.lowering import (
     replace_between,
 )
 from export.precision import to_fp16
-from export.seams import HERE, ONWARD, RPN_DELTAS, RPN_LOGITS, GraphFacts
+from export.seams import CONTINUE, EXIT, RPN_DELTAS, RPN_LOGITS, GraphFacts
 from runtime.bundle import Profile
 from runtime.errors import InputError
 from runtime.graph import DETECTIONS, GRIDS, PYRAMID, SLOTS
@@ -51,6 +51,7 @@ FACTS = GraphFacts(
     proposal_nms_threshold=0.7,
     canonical_size=112.0,
     detections=5,
+    candidates=50,
     score_threshold=0.25,
     nms_threshold=0.5,
     costs=(0.1, 0.2, 0.3, 0.4),
@@ -201,7 +202,7 @@ def test_crops_of_several_images_know_whose_they_are() -> None:
         crops = [crop(sketch, maps[i], rois, f"{region}{i}", 7, 4 << i) for i in range(4)]
         outputs.append(sketch.node("Concat", crops, region, [rois.shape[0], 16, 7, 7], axis=0))
     for k, size in enumerate((28, 56)):
-        boxes = sketch.node("Gather", [boxes, sketch.input(ONWARD[k], [f"on{k}"], np.int64)], f"boxes_{size}", [f"on{k}", 4], axis=0)
+        boxes = sketch.node("Gather", [boxes, sketch.input(CONTINUE[k], [f"on{k}"], np.int64)], f"boxes_{size}", [f"on{k}", 4], axis=0)
         outputs.append(crop(sketch, maps[2], boxes, f"crop{size}", size, 16))
     graph = sketch.finish(*outputs)
     assert lower_pyramid_roi_align(graph, FACTS, SEVERAL) == 2
@@ -214,7 +215,7 @@ def test_crops_of_several_images_know_whose_they_are() -> None:
     assert names(nodes["region"].inputs) == [*PYRAMID, "mask_boxes", "slots"]
     at_28, at_56 = nodes["crop_28"].inputs[2], nodes["crop_56"].inputs[2]
     assert at_28.inputs[0].inputs[0] is slots and at_56.inputs[0].inputs[0] is at_28
-    assert [tensor.inputs[0].inputs[1].name for tensor in (at_28, at_56)] == [*ONWARD[:2]]
+    assert [tensor.inputs[0].inputs[1].name for tensor in (at_28, at_56)] == [*CONTINUE[:2]]
     assert len(list(place_operators(graph))) == 4
 
 
@@ -279,7 +280,7 @@ def test_detections() -> None:
     assert lower_detections(sketch.finish(*between(sketch, inputs, outputs)), FACTS, ONE) == 1
     (node,) = sketch.ours()
     assert names(node.inputs) == [*shapes, "p2"] and names(node.outputs) == [*outputs, "detections/n"]
-    assert node.attrs == {"proposals": 6, "stride": 4, "detections": 5, "score_threshold": 0.25, "nms_threshold": 0.5}
+    assert node.attrs == {"proposals": 6, "stride": 4, "detections": 5, "candidates": 50, "score_threshold": 0.25, "nms_threshold": 0.5}
     assert len(list(place_operators(sketch.graph))) == 1
 
 
@@ -289,7 +290,7 @@ def test_routing(profile: Profile) -> None:
     sketch.input("p2", [1, 16, 16, 24])
     shapes = {"msm_logits": ["n", 4], "mask_boxes": ["n", 4], "mask_overrides": ["n"], "slots": ["n"], "budget": []}
     inputs = [sketch.input(name, shape, np.int64 if len(shape) == 1 else np.float32) for name, shape in shapes.items()]
-    outputs = {"grids": ([5], np.int64), **{name: ([name], np.int64) for name in (*ONWARD, *HERE, *SLOTS)}}
+    outputs = {"grids": ([5], np.int64), **{name: ([name], np.int64) for name in (*CONTINUE, *EXIT, *SLOTS)}}
     assert lower_routing(sketch.finish(*between(sketch, inputs, outputs)), FACTS, profile) == 1
     (node,) = sketch.ours()
     sizes = [f"msm_route/continue_{grid}_count" for grid in GRIDS[1:]] + [f"msm_route/exit_{grid}_count" for grid in GRIDS]

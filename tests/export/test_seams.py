@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dynamask.model import DynaMask
-from export.seams import DETECTOR_SEAMS, FACTS, HERE, MASK_SEAMS, ONWARD, PYRAMID, RPN_DELTAS, RPN_LOGITS, read_facts, write_facts
+from export.seams import CONTINUE, DETECTOR_SEAMS, EXIT, FACTS, MASK_SEAMS, PYRAMID, RPN_DELTAS, RPN_LOGITS, read_facts, write_facts
 from runtime.errors import InputError
 
 CANVAS = (128, 160)
@@ -31,7 +31,7 @@ def wanted(model: DynaMask, image: torch.Tensor) -> dict[str, torch.Tensor]:
         overrides = torch.full((20,), -1)
         masks = model.mask_branch.mask_pass(found.pyramid, found.detections, CANVAS, torch.tensor(0.025), overrides)
     lists = [(PYRAMID, found.pyramid[:4]), (RPN_LOGITS, found.rpn_logits), (RPN_DELTAS, found.rpn_deltas)]
-    lists += [(ONWARD, masks.routing.continuing), (HERE, masks.routing.exiting)]
+    lists += [(CONTINUE, masks.routing.continuing), (EXIT, masks.routing.exiting)]
     seams = {name: tensor for names, tensors in lists for name, tensor in zip(names, tensors, strict=True)}
     seams |= {name: getattr(found, name) for name in DETECTOR_SEAMS if name not in seams}
     return seams | {name: getattr(masks, name) for name in MASK_SEAMS if name not in seams}
@@ -48,7 +48,7 @@ def test_a_seam_holds_what_pytorch_computes_there(portable: onnx.ModelProto, ima
     session = onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feeds = {"image": image.numpy(), "min_score": np.float32(0), "budget": np.float32(0.025), "grid_override": np.full(20, -1)}
     found = dict(zip(seams, session.run(seams, {name: np.asarray(value) for name, value in feeds.items()}), strict=True))
-    assert len(found["slots"]) > 5 and all(len(found[name]) for name in ONWARD)
+    assert len(found["slots"]) > 5 and all(len(found[name]) for name in CONTINUE)
     for name, value in found.items():
         assert value.dtype == wanted[name].numpy().dtype, name
         np.testing.assert_allclose(value, wanted[name].numpy(), atol=2e-3, rtol=1e-3, err_msg=name)
@@ -60,13 +60,14 @@ def test_seams_are_typed_and_no_outputs(portable: onnx.ModelProto) -> None:
     }
     assert shapes["box_region"] == [50, 32, 7, 7] and shapes["box_deltas"] == [50, 16] and shapes["proposal_count"] == [1]
     assert shapes["region"] == ["n", 32, 14, 14] and shapes["mask_boxes"] == ["n", 4] and shapes["msm_logits"] == ["n", 4]
-    assert shapes["onward_56"] == ["on_56"] and shapes["here_112"] == ["n_112"]
+    assert shapes["continue_56"] == ["stage_56"] and shapes["exit_112"] == ["n_112"]
     assert not {value.name for value in portable.graph.output} & {*DETECTOR_SEAMS, *MASK_SEAMS}
 
 
 def test_the_facts_are_the_models(portable: onnx.ModelProto, model: DynaMask) -> None:
     facts, config = read_facts(portable), model.config.model
     assert (facts.canvas, facts.proposals_per_level, facts.proposals, facts.detections) == (CANVAS, 60, 50, 20)
+    assert facts.candidates == 200
     assert (facts.score_threshold, facts.nms_threshold, facts.proposal_nms_threshold) == (0.3, config.nms_threshold, model.rpn.nms_thresh)
     cells = torch.stack(model.rpn.anchor_generator.cell_anchors)
     np.testing.assert_array_equal(np.array(facts.anchors), cells.numpy())

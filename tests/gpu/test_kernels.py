@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from dynamask.config import LITE0, R50, ModelConfig
-from dynamask.detector import RPN_NMS_THRESHOLD
+from dynamask.detector import CANDIDATES_PER_DETECTION, RPN_NMS_THRESHOLD
 from runtime.bench import random_boxes
 from runtime.graph import GRIDS
 from trt_plugins.deform_conv import DeformConv
@@ -71,6 +71,7 @@ def _finest_map(preset: ModelConfig, batch: int = 1) -> Tensor:
 
 def _detections(preset: ModelConfig, score_threshold: float, nms_threshold: float) -> Detections:
     limits: dict[str, Any] = {"proposals": preset.proposals, "stride": STRIDES[0], "detections": preset.detections}
+    limits["candidates"] = CANDIDATES_PER_DETECTION * preset.detections
     return Detections(**limits, score_threshold=score_threshold, nms_threshold=nms_threshold)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou
 
-from dynamask.detector import Detector, select_detections
+from dynamask.detector import CANDIDATES_PER_DETECTION, Detector, select_detections
 from runtime.errors import InputError
 from trt_plugins.detections import Detections
 from trt_plugins.detections.reference import detect
@@ -27,7 +27,9 @@ THRESHOLDS = {"score_threshold": 0.05, "nms_threshold": 0.5}
 
 
 def _operator(slots: int, rows: int, **thresholds: float) -> Detections:
-    return Detections("boxes", proposals=rows, stride=4, detections=slots, **(THRESHOLDS | thresholds))
+    return Detections(
+        "boxes", proposals=rows, stride=4, detections=slots, candidates=CANDIDATES_PER_DETECTION * slots, **(THRESHOLDS | thresholds)
+    )
 
 
 def _inputs(
@@ -187,14 +189,15 @@ def test_kernels_list_their_arguments_in_order() -> None:
     [
         ({"proposals": 0}, r"^boxes: .*proposals is 0; give 1 or more"),
         ({"stride": 0}, "stride is 0; give 1 or more"),
-        ({"detections": 0}, "detections is 0; give 1 to 409"),
-        ({"detections": 500}, "detections is 500; give 1 to 409"),
+        ({"detections": 0}, "detections is 0; give 1 or more"),
+        ({"detections": 101}, "candidates is 100 and detections is 101; give at least as many candidates as detections, at most 4096"),
+        ({"candidates": 4097}, "candidates is 4097 and detections is 10; .* at most 4096"),
         ({"score_threshold": -0.1}, "score_threshold is -0.1; give 0 or more"),
     ],
 )
 def test_wrong_attributes_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Detections("boxes", **({"proposals": 8, "stride": 4, "detections": 10} | THRESHOLDS | wrong))
+        Detections("boxes", **({"proposals": 8, "stride": 4, "detections": 10, "candidates": 100} | THRESHOLDS | wrong))
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def detector(batch: int | str, sides: Sequence[int | str]) -> onnx.ModelProto:
     add("MatMul", "", ["proposals", "class_weight"], ["class_logits"])
     add("MatMul", "", ["proposals", "delta_weight"], ["box_deltas"])
     heads = ["class_logits", "box_deltas", "proposals", "count", "min_score", "logits0"]
-    settings = {"proposals": 20, "stride": 4, "detections": 6, "score_threshold": 0.05, "nms_threshold": 0.5}
+    settings = {"proposals": 20, "stride": 4, "detections": 6, "candidates": 60, "score_threshold": 0.05, "nms_threshold": 0.5}
     add("Detections", DOMAIN, heads, ["boxes", "scores", "labels", "slots", "n"], **settings)
     add("Gather", "", ["boxes", "slots"], ["mask_boxes"])
     add("Gather", "", ["grid_override", "slots"], ["override"])

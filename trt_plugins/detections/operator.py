@@ -23,8 +23,6 @@ from trt_plugins.operator import (
 from trt_plugins.selection.selection import COMPARED_BLOCK, LARGEST_K, RANKED_BLOCK, Selection, power_of_two
 
 KERNELS = "trt_plugins.detections.kernel"
-CANDIDATES = 10
-"""Boxes that go through NMS for each slot."""
 MOST_CLASSES = 2**12
 SCORE_ITEMS = 512
 """Logits that a program turns to scores; at least one row."""
@@ -37,8 +35,8 @@ class Detections(Operator):
     an image; `proposals [B P, 4] float32`, xyxy in pixels of the canvas, of which each image's first `count [B] int32` count;
     `min_score [] float32`; and a map `[B, any, H, W]`, fp32 or fp16, that covers the canvas with `stride` pixels a cell and is not read.
 
-    Of an image's scores (softmax) above both `score_threshold` and `min_score`, the 10 K highest are decoded (weights 10, 10, 5, 5),
-    clipped to the canvas and go through NMS within their class, all in fp32; the best K of those kept are its rows of `boxes [B K, 4]` and
+    Of an image's scores (softmax) above `score_threshold` and `min_score`, the `candidates` highest are decoded (weights 10, 10, 5, 5),
+    clipped to the canvas and go through NMS in their class, all in fp32; the best K of those kept are its rows of `boxes [B K, 4]` and
     `scores [B K]`, float32 by falling score, and of `labels [B K] int64`, from 0. An empty slot has box and score 0 and label -1;
     `slots [n] int64` are the filled rows, rising, and `n []` their number. Of equal scores the lower proposal counts as the higher, then
     the lower class.
@@ -49,6 +47,7 @@ class Detections(Operator):
         Attribute("proposals", "int"),
         Attribute("stride", "int"),
         Attribute("detections", "int"),
+        Attribute("candidates", "int"),
         Attribute("score_threshold", "float"),
         Attribute("nms_threshold", "float"),
     )
@@ -58,13 +57,17 @@ class Detections(Operator):
         """Refuse values that make no sense together.
 
         Raises:
-            InputError: a number of proposals or a stride below 1, a number of detections out of range, a negative score threshold.
+            InputError: a number of proposals, detections or a stride below 1, candidates fewer than detections or too many, or a negative
+                score threshold.
         """
-        for name in ("proposals", "stride"):
+        for name in ("proposals", "stride", "detections"):
             if self.values[name] < 1:
                 raise self.refuse(f"{name} is {self.values[name]}; give 1 or more")
-        if not 1 <= self.values["detections"] <= LARGEST_K // CANDIDATES:
-            raise self.refuse(f"detections is {self.values['detections']}; give 1 to {LARGEST_K // CANDIDATES}")
+        if not self.values["detections"] <= self.values["candidates"] <= LARGEST_K:
+            raise self.refuse(
+                f"candidates is {self.values['candidates']} and detections is {self.values['detections']}; "
+                f"give at least as many candidates as detections, at most {LARGEST_K}"
+            )
         if not self.values["score_threshold"] >= 0:
             raise self.refuse(f"score_threshold is {self.values['score_threshold']}; give 0 or more")
 
@@ -152,7 +155,7 @@ class Detections(Operator):
     def _selection(self, inputs: Sequence[TensorSpec], images: int) -> Selection:
         classes = inputs[0].size(1) - 1
         scores = self.values["proposals"] * classes
-        return Selection(rows=images, width=scores, k=min(CANDIDATES * self.values["detections"], scores), groups=classes)
+        return Selection(rows=images, width=scores, k=min(self.values["candidates"], scores), groups=classes)
 
     def _score(self, inputs: Sequence[TensorSpec]) -> KernelSpec:
         columns = inputs[0].size(1)

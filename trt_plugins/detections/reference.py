@@ -18,6 +18,7 @@ def detect(
     proposals: int,
     stride: int,
     detections: int,
+    candidates: int,
     score_threshold: float,
     nms_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -29,7 +30,7 @@ def detect(
     labels = torch.full((images, detections), -1)
     for image, rows in enumerate(count.tolist()):
         own = slice(image * proposals, image * proposals + rows)
-        found = _of_image(class_logits[own], box_deltas[own], boxes[own], canvas, detections, least, nms_threshold)
+        found = _of_image(class_logits[own], box_deltas[own], boxes[own], canvas, detections, candidates, least, nms_threshold)
         for slot, each in zip((slot_boxes, scores, labels), found, strict=True):
             slot[image, : len(each)] = each
     slots = torch.nonzero(labels.flatten() >= 0)[:, 0]
@@ -42,6 +43,7 @@ def _of_image(
     boxes: Tensor,
     canvas: tuple[int, int],
     detections: int,
+    candidates: int,
     least: float,
     nms_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +52,7 @@ def _of_image(
     score = torch.softmax(class_logits.float(), dim=-1)[:, 1:].reshape(-1)
     boxes = BoxCoder((10.0, 10.0, 5.0, 5.0)).decode_single(box_deltas.float(), boxes)
     boxes = clip_boxes_to_image(boxes.view(rows, classes + 1, 4)[:, 1:].reshape(-1, 4), canvas)
-    best = score.sort(descending=True, stable=True).indices[: 10 * detections]
+    best = score.sort(descending=True, stable=True).indices[:candidates]
     best = best[score[best] > least]
     keep = torch.zeros(len(best), dtype=torch.bool)
     for label in range(classes):

@@ -50,12 +50,12 @@ def routed_grids(log_probabilities: Tensor, free: Tensor, budget: float, costs: 
 
 
 def stage_lists(grids: Tensor, slots: Tensor) -> list[Tensor]:
-    """`onward`, `here` and `slots` of the stages, and their sizes, for instances of these grids `[n]` in these slots `[n]`."""
-    onward, here, here_slots = [], [], []
+    """The `continue`, `exit` and `slots` lists of the stages, and their sizes, for instances of these grids `[n]` in these slots `[n]`."""
+    continuing, exiting, exit_slots = [], [], []
     for k in range(4):
         if k > 0:
-            onward.append(torch.nonzero(grids >= k)[:, 0])
-            grids, slots = grids[onward[-1]], slots[onward[-1]]
-        here.append(torch.nonzero(grids == k)[:, 0])
-        here_slots.append(slots[here[-1]])
-    return [*onward, *here, *here_slots, *(torch.tensor(len(places)) for places in (*onward, *here))]
+            continuing.append(torch.nonzero(grids >= k)[:, 0])
+            grids, slots = grids[continuing[-1]], slots[continuing[-1]]
+        exiting.append(torch.nonzero(grids == k)[:, 0])
+        exit_slots.append(slots[exiting[-1]])
+    return [*continuing, *exiting, *exit_slots, *(torch.tensor(len(places)) for places in (*continuing, *exiting))]
