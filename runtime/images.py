@@ -31,6 +31,9 @@ _RAW_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf
 _MIRRORED = {2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
 """EXIF orientation -> whether rows and whether columns are to be reversed; from 5 on after they were exchanged."""
 _ORIENTATION, _BITS_PER_SAMPLE, _DNG_VERSION = 0x0112, 0x0102, 0xC612
+_DEPTH = "dynamask bits per sample"
+"""Key in the `info` of an open TIFF, which its strips inherit."""
+_STRIP_PIXELS = 4_000_000
 _SHORTEST_FRAME_S, _USUAL_FRAME_S = 0.011, 0.1
 """Frames of an animation that are to be shown for 10 ms or less are shown for 100 ms, as browsers do."""
 _WARNINGS = threading.Lock()
@@ -105,7 +108,8 @@ def _count(image: Image.Image) -> int:
 
 def _checked(path: Path) -> Path:
     if not path.exists():
-        raise InputError(f"{path} is not a file; give the path of an image.")
+        fault = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
+        raise InputError(f"{path} {fault}; give the path of an image.")
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise InputError(f"{path} is not a file but {kind}; give the path of an image.")
@@ -200,6 +204,7 @@ def _check_tiff(path: Path, image: Image.Image) -> None:
         return
     if _DNG_VERSION in image.tag_v2:
         raise InputError(f"{path} is a camera's raw file (DNG); develop it to JPEG or TIFF first.")
+    image.info[_DEPTH] = image.tag_v2.get(_BITS_PER_SAMPLE, (8,))[0]
     if image.mode in ("I", "F"):
         samples = "floating-point samples" if image.mode == "F" else "integers with a sign or of 32 bits"
         raise InputError(f"{path} holds {samples}, whose range is unknown; save it with 8 or 16 bits a sample, without a sign.")
@@ -256,6 +261,18 @@ def _png_without_texts(path: Path) -> BinaryIO:
 
 
 def _to_rgb(path: Path, image: Image.Image) -> Array:
+    """`[H, W, 3] uint8`, a strip of rows after another: the conversions of a large image do not all stand in memory at once."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if image.height <= rows:
+        return _strip_to_rgb(path, image)
+    result = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        result[top:bottom] = _strip_to_rgb(path, image.crop((0, top, image.width, bottom)))
+    return result
+
+
+def _strip_to_rgb(path: Path, image: Image.Image) -> Array:
     if image.mode.startswith("I"):
         return _deep_grey_to_rgb(path, image)
     if image.mode == "F":
@@ -276,8 +293,7 @@ def _deep_grey_to_rgb(path: Path, image: Image.Image) -> Array:
     grey = np.asarray(image)
     if grey.min() < 0 or grey.max() > 65535:
         raise InputError(f"{path} holds samples outside 0 to 65535, whose range is unknown; save it with 8 or 16 bits a sample.")
-    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if isinstance(image, TiffImagePlugin.TiffImageFile) else 16
-    largest = 4095 if bits == 12 else 65535
+    largest = 4095 if image.info.get(_DEPTH) == 12 else 65535
     # A table keeps large images from taking eight bytes a sample meanwhile.
     table = ((np.minimum(np.arange(65536), largest) * 255 + largest // 2) // largest).astype(np.uint8)
     return np.repeat(table[grey][..., None], 3, axis=2)
@@ -287,12 +303,15 @@ def _other_kind(path: Path) -> str:
     """For a file that is no image of a known format: what it is instead and what to do, as the rest of a sentence."""
     with path.open("rb") as file:
         head = file.read(1024)
+    if re.match(rb".{4}ftypavi[fs]", head, re.DOTALL) and "AVIF" not in Image.OPEN:
+        return "is an AVIF image, which this Pillow cannot read; install a newer Pillow or convert the image to PNG"
     for pattern, sentence in _OTHER_KINDS:
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return sentence
     return "is not an image in a format that is known here; give a JPEG, PNG, WebP, TIFF or BMP"
 
 
+_DAMAGED = "begins as {} does, and is damaged, truncated or of a rare kind; copy it again, or save it as JPEG or PNG"
 _OTHER_KINDS = [
     (rb"$", "is empty; copy or download it again"),
     (rb"\0{64}", "begins with zeros only, as after an interrupted copy; copy or download it again"),
@@ -300,11 +319,17 @@ _OTHER_KINDS = [
     (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html|<head|<\?xml.*<html)", "is a web page under an image's name; download the image itself"),
     (rb"version https://git-lfs", "is a Git LFS pointer, not the image; run git lfs pull"),
     (rb".{4}ftyp(hei|hev|mif1|msf1)", "is a HEIC image, which cannot be read here; convert it to JPEG"),
-    (rb".{4}ftypavi[fs]", "is an AVIF image, and this Pillow was built without AVIF; convert it to PNG or install a newer Pillow"),
     (rb".{4}ftypcrx|FUJIFILMCCD-RAW|IIR[OS]|IIU\0", "is a camera's raw file; develop it to JPEG or TIFF first"),
     (rb"(\xff\x0a|\0\0\0\x0cJXL )", "is a JPEG XL image, which cannot be read here; convert it to JPEG or PNG"),
+    (rb".{4}ftypavi[fs]", _DAMAGED.format("an AVIF")),
     (rb".{4}(ftyp|moov|mdat)|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV|\0\0\x01[\xb3\xba]", "is a video; run dynamask stream on it"),
     (rb"%PDF|%!PS|8BPS", "is a document of pages or layers (PDF, PostScript or PSD); export it to PNG"),
     (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "is an archive; unpack it"),
+    (rb"\x89PNG", _DAMAGED.format("a PNG")),
+    (rb"\xff\xd8\xff", _DAMAGED.format("a JPEG")),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", _DAMAGED.format("a TIFF")),
+    (rb"GIF8", _DAMAGED.format("a GIF")),
+    (rb"RIFF.{4}WEBP", _DAMAGED.format("a WebP")),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", _DAMAGED.format("a JPEG 2000")),
 ]
 """Beginning of a file -> the sentence's end."""

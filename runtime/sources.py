@@ -298,6 +298,7 @@ class VideoSource(_OpenedOnFirstFrame):
 
     def _decode(self) -> Iterator[Frame]:
         yielded = discarded = 0
+        time_s = 0.0
         clock = _Clock(self.frame_rate, begins_again=self._has_clock_steps())
         for packet in self._packets():
             discarded += bool(packet.is_discard)
@@ -306,7 +307,7 @@ class VideoSource(_OpenedOnFirstFrame):
                 self.bridged = clock.bridged
                 yield Frame(yielded + self.broken, time_s, _as_shown(decoded, self._pixel_aspect))
                 yielded += 1
-        self._count_missing(yielded + discarded)
+        self._count_missing(yielded + discarded, time_s)
 
     def _has_clock_steps(self) -> bool:
         return bool(self._container.format.flags & _TS_DISCONT)
@@ -331,9 +332,7 @@ class VideoSource(_OpenedOnFirstFrame):
     def _frames_of(self, packet: av.Packet[Any]) -> Iterator[av.VideoFrame]:
         import av
 
-        if packet.is_corrupt:
-            self.broken += 1
-            return
+        # Packets that the container marks as corrupt are decoded too: it marks whole ones where recordings were joined.
         try:
             frames = self._stream.decode(packet)
         except (av.FFmpegError, OSError):
@@ -346,13 +345,14 @@ class VideoSource(_OpenedOnFirstFrame):
             else:
                 yield frame
 
-    def _count_missing(self, seen: int) -> None:
-        if self.frame_count is None:
-            return
-        missing = max(0, self.frame_count - seen - self.broken)
-        # A count made from the duration is only rough, less than a second short is no finding; and none where the clock began again.
-        if self._stream.frames or (missing > self.frame_rate and not self.bridged):
-            self.missing = missing
+    def _count_missing(self, seen: int, last_s: float) -> None:
+        """By the frames that the container counts, else by the time it announces: then only a second or more is a finding."""
+        if self._stream.frames:
+            self.missing = max(0, self._stream.frames - seen - self.broken)
+        elif self._container.duration and not self.bridged:
+            absent_s = self._container.duration / 1_000_000 - last_s
+            self.missing = int(absent_s * self.frame_rate) - self.broken if absent_s > 1 + 1 / self.frame_rate else 0
+            self.missing = max(0, self.missing)
 
     def close(self) -> None:
         """Close the file."""
@@ -437,6 +437,8 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     still = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & still]
     # FFmpeg "plays" any text file as a terminal recording.
+    if not len(container.streams):
+        raise InputError(f"{path} holds no stream that can be read: it is truncated or damaged; copy or record it again.")
     if not streams or container.format.name == "tty":
         kind = "no video, only sound" if container.streams.audio else "no video"
         raise InputError(f"{path} holds {kind}; give a video file or a folder of images.")
