@@ -18,10 +18,6 @@ def prepare() -> None:
     - `LOGNAME` for a user without an entry in the password file (`docker run --user`): PyTorch asks for a name when it is imported.
     - `HOME` for such a user where it is not set, and folders for the caches of matplotlib and Triton where the home folder cannot be
       written: a folder in the system's folder for temporary files, which only this user can read.
-
-    Example:
-        >>> prepare()
-        >>> import onnxruntime
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
