@@ -34,8 +34,8 @@ def test_readme_finds_instances_in_a_photo(named_files: dict[str, Any]) -> None:
     assert names["masks"].shape == (count, *named_files["image"].shape[:2])
     assert len(names["detections"]) == len(names["tracked"]) == count
     assert names["annotated"].shape == named_files["image"].shape
-    costs = names["frugal"].bundle.manifest.grid_gmacs
-    assert names["frugal"].budget_gmacs < max(costs.values())
+    costs = names["limited"].bundle.manifest.grid_gmacs
+    assert names["limited"].budget_gmacs < max(costs.values())
 
 
 def test_the_guide_reads_a_camera(named_files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
