@@ -76,7 +76,14 @@ def _summary(bundle: Path, result: dict[str, Any]) -> str:
         "GMAC per instance: " + ", ".join(f"{gmacs[grid]:.4f} at {grid}" for grid in ("14", "28", "56", "112")),
         f"GMAC per image: {gmacs['detector']:.2f} for the detector",
     ]
-    if parity := result["parity"]:
+    parity = result["parity"]
+    if parity and not parity["instances"]:
+        largest = max(parity["raw_outputs"].values())
+        lines.append(
+            f"against PyTorch: the model found no instance in {parity['images']} images, so raw outputs were compared:"
+            f" largest relative difference {largest:.1e}"
+        )
+    elif parity:
         lines.append(
             f"against PyTorch, {parity['instances']} instances in {parity['images']} images:"
             f" boxes within {parity['box_pixels']:.1e} pixels,"

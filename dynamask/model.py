@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +20,13 @@ from dynamask.mask_targets import grid_targets
 from dynamask.msm import MaskSwitch
 from dynamask.rfpn import GridHeads, RegionFPN
 from dynamask.roi import batch_rois
+from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM
+from runtime.instances import ClassName
+from runtime.paste import probability_crop
+from runtime.predictor import to_instances
+from runtime.preprocess import letterbox_normalise
+from runtime.targets.base import EngineOutput
 
 
 class GraphOutput(NamedTuple):
@@ -35,17 +43,22 @@ class GraphOutput(NamedTuple):
 class DynaMask(Detector):
     """Two-stage instance segmenter whose masks have the grid that each instance needs.
 
-    In training mode, `model(images [B, 3, H, W], targets)` returns the losses, weighted and to be summed. `phase` 1 trains without the MSM,
-    at all grids; `phase` 2 trains everything. `statistics` then holds the step's share of each grid and mean cost. With
+    In evaluation mode, `model(images)` takes and returns what torchvision's detectors do: a list of images `[3, H, W]` of any sizes, RGB
+    from 0 to 1, and a list of dictionaries with `boxes`, `labels`, `scores`, `masks`, and also `grids` (`instances`).
+
+    In training mode, `model(images, targets)` takes a batch of canvases and returns the losses (`losses`). `phase` 1 trains without the
+    MSM, at all grids; `phase` 2 trains everything. `statistics` then holds the step's share of each grid and mean cost. With
     `train.frozen_detector` only the mask branch has losses and gradients.
 
     Example:
         >>> import torch
         >>> classes = [{"id": 1, "name": "leaf"}]
         >>> model = dynamask.build_model(dynamask.load_config("lite0-shapes", {"model.canvas": [64, 64]}), classes).eval()
-        >>> output = model.predict(torch.zeros(1, 3, 64, 64))
-        >>> output.boxes.shape[1], output.scores.shape == output.grids.shape
-        (4, True)
+        >>> found, other = model([torch.rand(3, 48, 80), torch.rand(3, 100, 60)])
+        >>> sorted(found)
+        ['boxes', 'grids', 'labels', 'masks', 'scores']
+        >>> found["masks"].shape == (len(found["boxes"]), 1, 48, 80)
+        True
     """
 
     def __init__(self, config: Config, classes: Sequence[dict[str, Any]]) -> None:
@@ -58,8 +71,28 @@ class DynaMask(Detector):
         self.phase = 2
         self.statistics: dict[str, float] = {}
 
-    def forward(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Losses of a batch: images `[B, 3, H, W] float32`, targets with `boxes [G, 4]`, `labels [G]` from 1, `masks [G, H, W] uint8`."""
+    def forward(
+        self, images: Tensor | Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """In training mode `losses(images, targets)`, in evaluation mode `instances(image)` of each image.
+
+        Raises:
+            InputError: in training mode there are no targets or the images are not one batch of canvases, or an image is not
+                `[3, H, W]` of values from 0 to 1.
+        """
+        if not self.training:
+            return [self.instances(image) for image in images]
+        if targets is None or not isinstance(images, Tensor):
+            raise InputError("In training mode the model takes canvases [B, 3, H, W] and targets; call model.eval() to find instances.")
+        return self.losses(images, targets)
+
+    def losses(self, images: Tensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The losses of a batch of normalised canvases, weighted and to be summed.
+
+        Args:
+            images: `[B, 3, H, W] float32`.
+            targets: of each image `boxes [G, 4] float32` (xyxy in canvas pixels), `labels [G] int64` (from 1), `masks [G, H, W] uint8`.
+        """
         pyramid = self.backbone(images)
         samples, losses = self.sample(images, pyramid, targets)
         losses = {} if self.config.train.frozen_detector else losses | self.box_losses(pyramid, samples)
@@ -68,6 +101,35 @@ class DynaMask(Detector):
         mask_losses = self.mask_branch.losses(pyramid, rois, labels, mask_targets, self.phase, self.config.train)
         self.statistics = mask_losses.statistics
         return losses | mask_losses.losses
+
+    def instances(self, image: Tensor) -> dict[str, Tensor]:
+        """The instances in an image, by falling score, as the exported bundle finds them.
+
+        The image is rounded to 8 bits, letterboxed and normalised as in `runtime/preprocess.py`.
+
+        Args:
+            image: `[3, H, W]`, RGB from 0 to 1, floating point.
+
+        Returns:
+            Tensors on the model's device: `boxes [N, 4] float32` (xyxy in pixels of the image), `labels [N] int64` (from 1; 0 is
+            background), `scores [N] float32`, `grids [N] int64` (14, 28, 56 or 112), and `masks [N, 1, H, W] float32`: the probability
+            that a pixel belongs to the instance, sampled bilinearly from its grid, and 0 where the pixel's centre is outside the box.
+
+        Raises:
+            InputError: the image is not as above.
+        """
+        pixels = _pixels(image)
+        size, sizes = (pixels.shape[0], pixels.shape[1]), self.sizes
+        canvas, scale = letterbox_normalise(pixels, *sizes.canvas, sizes.mean, sizes.std)
+        device = self.mask_branch.costs.device
+        output = self.predict(torch.from_numpy(canvas).to(device))
+        found = to_instances(_engine_output(output), scale, size, [ClassName(entry["id"], entry["name"]) for entry in self.classes], {})
+        masks = torch.zeros(len(found), 1, *size)
+        for mask, logits, box in zip(masks, found.logits, found.boxes, strict=True):
+            x0, y0, crop = probability_crop(logits, box, *size)
+            mask[0, y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = torch.from_numpy(crop)
+        arrays = {"boxes": found.boxes, "labels": found.labels + 1, "scores": found.scores, "grids": found.grids}
+        return {**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, "masks": masks.to(device)}
 
     @torch.inference_mode()
     def predict(self, image: Tensor, budget_gmacs: Tensor | float = 0.0, grid_override: Tensor | int = MSM) -> GraphOutput:
@@ -95,6 +157,27 @@ class DynaMask(Detector):
         first = [sum(map(len, masks[:i])) for i in range(len(masks))]
         truths = torch.cat([start + m[i] for start, m, i in zip(first, samples.matched, kept, strict=True)])
         return rois, labels, torch.cat(masks), truths
+
+
+def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
+    """`[3, H, W]` from 0 to 1 -> `[H, W, 3] uint8`."""
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point() or not image.numel():
+        given = f"{list(image.shape)} {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
+        raise InputError(f"An image must be a floating point tensor [3, H, W], and this is {given}; divide 8-bit values by 255.")
+    low, high = float(image.min()), float(image.max())
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"An image must have values from 0 to 1, and this one has {low:g} to {high:g}; divide 8-bit values by 255.")
+    return (image.detach().permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _engine_output(output: GraphOutput) -> EngineOutput:
+    """The same arrays as an engine gives them."""
+    boxes, scores, labels, grids = (tensor.cpu().numpy() for tensor in output[:4])
+    masks = {
+        grid: (slots.cpu().numpy(), logits.float().cpu().numpy())
+        for grid, slots, logits in zip(GRIDS, output.slots, output.logits, strict=True)
+    }
+    return EngineOutput(boxes, scores, labels, grids, masks, {})
 
 
 def build_mask_branch(sizes: ModelConfig, classes: int) -> MaskBranch:

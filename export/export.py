@@ -19,7 +19,7 @@ from dynamask.model import DynaMask, build_model, count_gmacs
 from dynamask.train.checkpoint import load_model
 from export.graph import export_graph
 from export.onnxruntime_engine import build_onnxruntime
-from export.parity import measure_parity
+from export.parity import measure_parity, raw_differences
 from runtime.bundle import MODEL, Bundle, Manifest
 from runtime.errors import DynaMaskError, InputError
 from runtime.images import read_image
@@ -125,7 +125,10 @@ def _manifest(model: DynaMask) -> Manifest:
 def _parity(model: DynaMask, draft: Bundle, images: Sequence[Path] | None) -> dict[str, Any]:
     build_onnxruntime(draft)
     with open_engine(draft, "onnxruntime") as engine:
-        parity = measure_parity(model, engine, _canvases(model, images)).as_dict()
+        measured = measure_parity(model, engine, _canvases(model, images))
+    if not measured.instances:
+        measured.raw_outputs = raw_differences(model, draft.path / MODEL, _canvases(model, images))
+    parity = measured.as_dict()
     if not parity["holds"]:
         raise DynaMaskError(f"The exported graph does not agree with PyTorch ({parity}): no bundle was written; please report it.")
     return parity

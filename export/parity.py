@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+import onnx.utils
+import onnxruntime
 import torch
 
 from dynamask.model import DynaMask, GraphOutput
-from runtime.errors import DynaMaskError
-from runtime.graph import GRIDS, MSM, SIZE_BASED
+from dynamask.roi import image_rois
+from export.seams import RPN_DELTAS, RPN_LOGITS
+from runtime.graph import GRIDS, MSM, PYRAMID, SIZE_BASED
 from runtime.targets.base import Engine, EngineOutput
 
 BOX_TOLERANCE = 0.1
@@ -20,6 +25,8 @@ BOX_TOLERANCE = 0.1
 SCORE_TOLERANCE = 1e-3
 MASK_TOLERANCE = 1e-3
 """Mask probability."""
+RAW_TOLERANCE = 1e-3
+"""Of a raw output: the largest difference over the tensor's largest magnitude, or over 1 where that is less."""
 
 
 @dataclass
@@ -34,15 +41,20 @@ class Parity:
     box_pixels: float = 0.0
     score: float = 0.0
     mask_probability: float = 0.0
+    raw_outputs: dict[str, float] | None = None
+    """By seam, the largest relative difference; compared only where there is no instance (`raw_differences`)."""
 
     def holds(self) -> bool:
-        """Whether every difference is within its tolerance and every instance has the same grid."""
+        """Whether something was compared, every difference is within its tolerance and every instance has the same grid."""
+        if not self.instances:
+            return self.raw_outputs is not None and all(difference <= RAW_TOLERANCE for difference in self.raw_outputs.values())
         within = self.box_pixels <= BOX_TOLERANCE and self.score <= SCORE_TOLERANCE and self.mask_probability <= MASK_TOLERANCE
         return within and not self.unmatched and not self.other_grids
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain figures, with `holds`."""
-        return {**asdict(self), "holds": self.holds()}
+        """Plain figures, with `holds`; without `raw_outputs` where instances were compared."""
+        figures = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**figures, "holds": self.holds()}
 
 
 def measure_parity(model: DynaMask, engine: Engine, canvases: Iterable[npt.NDArray[np.float32]]) -> Parity:
@@ -57,9 +69,51 @@ def measure_parity(model: DynaMask, engine: Engine, canvases: Iterable[npt.NDArr
         for budget, override in [(0.0, MSM), (half, MSM), (0.0, len(GRIDS) - 1), (0.0, SIZE_BASED)]:
             wanted = model.predict(torch.from_numpy(canvas), budget, override)
             _compare(parity, wanted, engine.run(canvas, budget or None, override))
-    if not parity.instances:
-        raise DynaMaskError("No instance was found on the images that parity was to be measured on: give others with --images.")
     return parity
+
+
+@torch.inference_mode()
+def raw_differences(model: DynaMask, graph: Path, canvases: Iterable[npt.NDArray[np.float32]]) -> dict[str, float]:
+    """By seam, the largest relative difference of the graph in ONNX Runtime from PyTorch (`RAW_TOLERANCE`).
+
+    For models that find no instance yet. The detector's maps are compared on the canvases `[1, 3, H, W]`. The outputs of the box head and
+    of the MSM are compared on the maps and proposals that PyTorch gives, because near-equal scores have no order.
+    """
+    maps, heads = (*PYRAMID, *RPN_LOGITS, *RPN_DELTAS), ("box_region", "class_logits", "box_deltas")
+    detector, box_head, switch = _parts(
+        graph, [(["image"], maps), ([*PYRAMID, "proposals"], heads), ([*PYRAMID, "mask_boxes"], ("region", "msm_logits"))]
+    )
+    largest: dict[str, float] = {}
+
+    def compare(part: onnxruntime.InferenceSession, feeds: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+        found = part.run(list(expected), {name: tensor.numpy() for name, tensor in feeds.items()})
+        for (name, wanted), array in zip(expected.items(), found, strict=True):
+            difference = float(np.abs(array - wanted.numpy()).max()) / max(1.0, float(wanted.abs().max()))
+            largest[name] = max(largest.get(name, 0.0), difference)
+
+    branch = model.mask_branch
+    assert branch.msm is not None
+    for canvas in canvases:
+        image = torch.from_numpy(canvas)
+        seen = model.detect(image)
+        pyramid = dict(zip(PYRAMID, seen.pyramid, strict=False))
+        compare(detector, {"image": image}, {**pyramid, **_named(RPN_LOGITS, seen.rpn_logits), **_named(RPN_DELTAS, seen.rpn_deltas)})
+        compare(box_head, {**pyramid, "proposals": seen.proposals}, {name: getattr(seen, name) for name in heads})
+        boxes = seen.proposals[: model.sizes.detections]
+        region = branch.region(seen.pyramid, image_rois(boxes))
+        compare(switch, {**pyramid, "mask_boxes": boxes}, {"region": region, "msm_logits": branch.msm(region)})
+    return largest
+
+
+def _parts(graph: Path, ends: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[onnxruntime.InferenceSession]:
+    """Sessions of the parts of a graph between the given inputs and outputs."""
+    extractor = onnx.utils.Extractor(onnx.load(graph))
+    models = [extractor.extract_model(list(inputs), list(outputs)) for inputs, outputs in ends]
+    return [onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in models]
+
+
+def _named(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(names, tensors, strict=True))
 
 
 def _compare(parity: Parity, wanted: GraphOutput, found: EngineOutput) -> None:

@@ -28,11 +28,7 @@ def covered_pixels(box: npt.NDArray[np.floating[Any]], height: int, width: int) 
 
 
 def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]], height: int, width: int) -> Crop:
-    """The pixels of a mask, as a crop of the `height x width` image.
-
-    Probabilities are sampled bilinearly at pixel centres, as in torchvision and Detectron2: the centre of grid cell i is at
-    `x0 + (i + 0.5) w / g`, and outside the grid the probability is 0. A pixel belongs to the mask if its probability is above 0.5 and its
-    centre is in the box.
+    """The pixels of a mask, as a crop of the `height x width` image: those whose probability (`probability_crop`) is above 0.5.
 
     Args:
         logits: `[g, g] float32`.
@@ -41,12 +37,32 @@ def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]
     Returns:
         `(x0, y0, mask [h, w] bool)`: the pixels of the image whose centres are in the box; `h` or `w` is 0 where there are none.
     """
+    left, top, probabilities = probability_crop(logits, box, height, width)
+    return left, top, probabilities > 0.5
+
+
+def probability_crop(
+    logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]], height: int, width: int
+) -> tuple[int, int, npt.NDArray[np.float32]]:
+    """The mask probabilities of an instance, as a crop of the `height x width` image.
+
+    They are sampled bilinearly at pixel centres, as in torchvision and Detectron2: the centre of grid cell i is at `x0 + (i + 0.5) w / g`,
+    and outside the grid the probability is 0.
+
+    Args:
+        logits: `[g, g] float32`.
+        box: `[4]`, xyxy in the image's pixels; may exceed the image.
+
+    Returns:
+        `(x0, y0, probabilities [h, w] float32)`, over the pixels of the image whose centres are in the box; `h` or `w` is 0 where there are
+        none.
+    """
     grid = logits.shape[0]
     x0, y0, x1, y1 = (float(value) for value in box)
     left, top, right, bottom = covered_pixels(box, height, width)
     columns, rows = right - left, bottom - top
     if not columns or not rows:
-        return left, top, np.zeros((rows, columns), bool)
+        return left, top, np.zeros((rows, columns), np.float32)
     step_x, step_y = grid / (x1 - x0), grid / (y1 - y0)
     to_grid = np.array(
         [[step_x, 0, (left + 0.5 - x0) * step_x - 0.5], [0, step_y, (top + 0.5 - y0) * step_y - 0.5]],
@@ -54,7 +70,7 @@ def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]
     )
     probabilities = 1 / (1 + np.exp(-np.clip(logits, -30, 30)))
     sampled = cv2.warpAffine(probabilities, to_grid, (columns, rows), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-    return left, top, sampled > 0.5
+    return left, top, np.asarray(sampled, np.float32)
 
 
 def encode_crop(crop: Crop, height: int, width: int) -> Rle:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM, SIZE_BASED
-from runtime.instances import Instances
+from runtime.instances import ClassName, Instances
 from runtime.preprocess import filled_canvas, letterbox_normalise
 from runtime.targets.base import Engine, EngineOutput, GridOverride, slot_overrides
 from runtime.targets.registry import open_engine
@@ -180,26 +180,41 @@ class Predictor:
         return [self._instances(*of_image) for of_image in zip(outputs, scales, sizes, preprocess_ms, strict=True)]
 
     def _instances(self, output: EngineOutput, scale: float, size: tuple[int, int], preprocess_ms: float) -> Instances:
-        height, width = size
-        # Slots come by falling score, empty ones last.
         count = int(np.count_nonzero(output.scores > 0))
         classes = self.bundle.manifest.classes
         if count and (label := int(output.labels[:count].max())) >= len(classes):
             raise InputError(
                 f"{self.bundle.path} has {len(classes)} classes in its manifest, and its model found class {label}; export it again."
             )
-        logits = {int(slot): mask for slots, masks in output.masks.values() for slot, mask in zip(slots, masks, strict=True)}
-        boxes = np.clip(output.boxes[:count] / scale, 0, [width, height, width, height])
-        return Instances(
-            boxes=boxes.astype(np.float32),
-            scores=output.scores[:count],
-            labels=output.labels[:count],
-            grids=np.array(GRIDS)[output.grids[:count]],
-            logits=[logits[slot] for slot in range(count)],
-            size=size,
-            classes=classes,
-            times_ms={"preprocess": preprocess_ms, **output.times_ms},
-        )
+        return to_instances(output, scale, size, classes, {"preprocess": preprocess_ms, **output.times_ms})
+
+
+def to_instances(
+    output: EngineOutput, scale: float, size: tuple[int, int], classes: Sequence[ClassName], times_ms: dict[str, float]
+) -> Instances:
+    """The instances in the slots of one image, with boxes in the image's pixels, clipped to the image.
+
+    Args:
+        output: of one image; filled slots come first.
+        scale: canvas pixels per image pixel.
+        size: the image's height and width, pixels.
+        classes: as in `Instances`.
+        times_ms: as in `Instances`.
+    """
+    height, width = size
+    count = int(np.count_nonzero(output.scores > 0))
+    logits = {int(slot): mask for slots, masks in output.masks.values() for slot, mask in zip(slots, masks, strict=True)}
+    boxes = np.clip(output.boxes[:count] / scale, 0, [width, height, width, height])
+    return Instances(
+        boxes=boxes.astype(np.float32),
+        scores=output.scores[:count],
+        labels=output.labels[:count],
+        grids=np.array(GRIDS)[output.grids[:count]],
+        logits=[logits[slot] for slot in range(count)],
+        size=size,
+        classes=classes,
+        times_ms=times_ms,
+    )
 
 
 def _check_image(image: npt.NDArray[np.uint8]) -> None:

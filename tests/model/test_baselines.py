@@ -94,6 +94,12 @@ def test_a_mask_rcnn_head_is_torchvisions() -> None:
     torch.testing.assert_close(logits, peer(region)[torch.arange(4), labels])
 
 
+def test_its_tensors_keep_the_names_of_checkpoints() -> None:
+    tiny = [f"rfpn.tiny.{i}.{kind}" for i in (0, 2, 4, 6) for kind in ("weight", "bias")]
+    heads = [f"heads.{layer}.{kind}" for layer in ("upsample", "masks") for kind in ("weight", "bias")]
+    assert list(maskrcnn_branch(28).state_dict()) == [*tiny, *heads]
+
+
 def test_its_loss_is_torchvisions() -> None:
     model = variant("maskrcnn-28").train()
     branch = model.mask_branch
