@@ -41,7 +41,7 @@ def export(
 
     canvas = None if size is None else parse_size(size)
     chosen = None if images is None else find_images(images)
-    # What would be refused at the end of the export is refused before it begins.
+    # The destination and the images are checked first: an export takes a while.
     check_replaceable(bundle)
     for image in chosen or ():
         read_image(image)

@@ -13,13 +13,13 @@ AT_ONCE = 16
 
 
 class DeformConv2d(nn.Module):
-    """Deformable convolution whose offsets come from outside: `(x [N, C, H, W], offset [N, 18, H, W]) -> [N, out, H, W]`.
+    """Deformable convolution; its offsets are an input: `(x [N, C, H, W], offset [N, 18, H, W]) -> [N, out, H, W]`.
 
     Stride 1, padding 1. Offsets are in pixels, `(dy, dx)` for each of the nine taps in row order, torchvision's layout.
     torchvision's operator does the work, except on the CPU: there `sampled_deform_conv2d` computes the same function, about ten
     times faster, and its gradient (docs/results/deform-conv-cpu.md). A graph is exported with torchvision's, which ONNX has.
 
-    `by_torchvision` asks for torchvision's operator on the CPU too, for those who measure it.
+    `by_torchvision` selects torchvision's operator on the CPU too, to compare the two.
     """
 
     by_torchvision = False

@@ -38,8 +38,8 @@ class AlignedFusion(nn.Module):
 class FeatureAggregation(AlignedFusion):
     """One stage of the r-FPN: `(region [N, C_in, S, S], crop [N, C, 2S, 2S]) -> [N, C, 2S, 2S]`.
 
-    Deformable convolution 2, with offsets of its own, adds what it gathers from the salient parts to the aligned and fused feature (the sum
-    is our choice; the paper leaves it open).
+    Deformable convolution 2, with offsets of its own, adds its samples of the salient parts to the aligned and fused feature. The paper
+    does not say how the two are combined; the sum is our choice.
     """
 
     def __init__(self, inputs: int, channels: int) -> None:

@@ -1,4 +1,4 @@
-"""How new layers begin: convolutions and linear layers, all others are passed over."""
+"""Initial weights of convolutions and linear layers; other layers are left as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def kaiming(*modules: nn.Module) -> None:
 
 
 def gaussian(std: float, *modules: nn.Module) -> None:
-    """Normal weights of a standard deviation, for predictors, and with 0 for layers that must begin silent; biases 0."""
+    """Normal weights of a standard deviation, for predictors; 0 for layers whose first output must be 0. Biases 0."""
     for layer in _layers(*modules):
         nn.init.normal_(layer.weight, std=std)
 

@@ -1,4 +1,4 @@
-"""The Mask Switch Module (paper, section 3.2): which of the four grids an instance needs, and how a budget bends that choice."""
+"""The Mask Switch Module (paper, section 3.2): chooses a grid for each instance, also within a budget."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def route(log_probabilities: Tensor, costs: Tensor, budget: Tensor, sizes: Tenso
 
     Args:
         log_probabilities: `[N, 4]`; log p of Eq. 1.
-        costs: `[4]`, ascending, GMAC an instance.
-        budget: `[]`, mean GMAC an instance; none where it is 0 or less.
+        costs: `[4]`, ascending, GMAC per instance.
+        budget: `[]`, mean GMAC per instance; none where it is 0 or less.
         sizes: `[N]`, the side of the box over the side of the canvas, `sqrt(w h / (w0 h0))`, for the size-based rule.
         override: `[N] int64`: `MSM`, `SIZE_BASED` (Eq. 8), or a grid 0..3. Only instances left to the MSM count for the budget.
 
@@ -75,7 +75,7 @@ def route(log_probabilities: Tensor, costs: Tensor, budget: Tensor, sizes: Tenso
     grids = torch.argmax(log_probabilities[None] - lambdas[:, None, None] * costs, dim=-1)
     mean_cost = (costs[grids] * weight).sum(dim=1)
     feasible = (mean_cost <= budget * (1 + 1e-6)) | (budget <= 0)
-    # The last candidate sends every instance to the smallest grid: where even that is too dear it is still the best there is.
+    # The last candidate gives every instance the smallest grid; it is the fallback where even that exceeds the budget.
     chosen = torch.where(feasible, lambdas, lambdas.max()).min()
     routed = torch.argmax(log_probabilities - chosen * costs, dim=-1)
     grids = torch.where(override == SIZE_BASED, size_based_grid(sizes), routed)
@@ -83,7 +83,7 @@ def route(log_probabilities: Tensor, costs: Tensor, budget: Tensor, sizes: Tenso
 
 
 def _indifference(log_probabilities: Tensor, costs: Tensor) -> Tensor:
-    """Every lambda, a hair above, at which an instance changes its grid: `[1 + 6 N + 1]`, 0 first and one beyond all last."""
+    """Candidates for lambda, `[1 + 6 N + 1]`: 0, just above each value at which an instance changes its grid, and one above all."""
     lower, upper = torch.triu_indices(4, 4, offset=1, device=costs.device)
     pairs = (log_probabilities[:, upper] - log_probabilities[:, lower]) / (costs[upper] - costs[lower])
     pairs = pairs.clamp(min=0).flatten() * (1 + 1e-5) + 1e-6

@@ -1,4 +1,4 @@
-"""Weights of other libraries: whose a file is, by its tensors' names, and what turns its conventions into ours.
+"""Weights of other libraries: recognised by their tensors' names, and converted to our conventions.
 
 Ours are torchvision's: its names, background as class 0, RGB. Box deltas (dx, dy, dw, dh with standard deviations 0.1, 0.1, 0.2, 0.2;
 1 in the RPN), the order of a cell's anchors (height over width 0.5, 1, 2), of the pyramid's levels and of the 7 x 7 region's elements are
@@ -36,7 +36,7 @@ class Origin:
     mark: str
     """A tensor that only this library's files have."""
     renames: tuple[tuple[str, str], ...] = ()
-    """Regular expressions and what replaces them, one after the other, to come from its names to ours."""
+    """Regular expressions and their replacements, applied in order, from its names to ours."""
     left_out: str = r"(?!)"
     """Matches the beginning of names that are known to have no place in our model."""
     provides: tuple[str, ...] = ("backbone.", "rpn.", "roi_heads.")

@@ -20,7 +20,7 @@ STAGE_LEVELS: tuple[int, int, int] = (4, 3, 2)
 class RegionFPN(nn.Module):
     """r-FPN: `tiny` makes L_tiny from the RoI feature, `stage(k, …)` makes the feature of grid `GRIDS[k]` from that of `GRIDS[k - 1]`.
 
-    The i-FPN levels that the stages need are reduced to the stages' channels on the pyramid, once an image (`lateral`).
+    The i-FPN levels that the stages need are reduced to the stages' channels on the pyramid, once per image (`lateral`).
 
     Args:
         pyramid_channels: of the i-FPN.
@@ -57,7 +57,7 @@ class RegionFPN(nn.Module):
 
     def stage(self, k: int, region: Tensor, lateral: Tensor, rois: Tensor) -> Tensor:
         """The feature `[N, C_k, GRIDS[k], GRIDS[k]]` of stage `k` in 1..3, for instances `rois [N, 5]` (batch index, xyxy pixels)."""
-        # One sample a bin: every stage's bins are no wider than a cell of its pyramid level for boxes of up to 448 pixels a side.
+        # One sample per bin: for boxes of up to 448 pixels a side, a stage's bins are no wider than a cell of its pyramid level.
         crop = roi_align(lateral, rois, GRIDS[k], stride=2 ** STAGE_LEVELS[k - 1], samples=1)
         features: Tensor = self.stages[k - 1](region, crop)
         return features
@@ -66,7 +66,7 @@ class RegionFPN(nn.Module):
 class GridHeads(nn.Module):
     """Mask logits and edge logits at the four grids, from 1 x 1 convolutions.
 
-    `masks[k]` has one channel a class, or one in all at 112 x 112 where the model is class-agnostic there.
+    `masks[k]` has one channel for each class, or a single one at 112 x 112 if the model is class-agnostic there.
     """
 
     def __init__(self, channels: Sequence[int], classes: int, class_agnostic_largest: bool) -> None:

@@ -11,7 +11,10 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 
 def roi_align(feature: Tensor, rois: Tensor, size: int, stride: int, samples: int = 2, aligned: bool = True) -> Tensor:
-    """RoIAlign: feature `[B, C, H, W]`, rois `[N, 5]` (batch index, xyxy pixels) -> `[N, C, size, size]`, `samples` x `samples` a bin."""
+    """RoIAlign of a map `[B, C, H, W]` at RoIs `[N, 5]` (batch index, xyxy pixels): `[N, C, size, size]`.
+
+    Each bin is the mean of `samples` x `samples` bilinear samples.
+    """
     return torchvision_roi_align(feature, rois, (size, size), 1.0 / stride, samples, aligned)
 
 

@@ -36,7 +36,7 @@ from runtime.files import sha256
 EPSILON_FREE = ("bf2d0c1e", "258fb6c6")
 """Beginnings of the SHA-256 of torchvision's Mask R-CNN and Faster R-CNN `COCO_V1`, whose batch norm adds no epsilon."""
 _AFRESH = (PREDICTOR, "mask_branch.")
-"""Parts that may begin afresh: the classes are others, or the mask branch is not the source's."""
+"""Parts that may keep random weights: the classes differ, or the source has another mask branch."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class WeightsReport:
     left: tuple[str, ...]
     """The file's tensors that have no place in the model, as expected."""
     changed: tuple[str, ...]
-    """The model's tensors that the file has in another shape or for other classes: they begin afresh."""
+    """The model's tensors that the file has in another shape or for other classes: they keep random weights."""
     missing: tuple[str, ...]
-    """The model's other tensors that begin afresh."""
+    """The model's other tensors that keep random weights."""
     notes: tuple[str, ...]
     """Conventions that were converted, and those that could not be."""
 
@@ -95,7 +95,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: DynaMask, source: str) -> str:
-    """Give the model its first weights, the backbone's or a whole detector's; returns what to say after "Started from".
+    """Give the model its first weights, the backbone's or a whole detector's; returns the end of the message "Started from …".
 
     Args:
         model: its `config.model.backbone` decides which weights fit.
@@ -196,7 +196,7 @@ def _changed_shapes(tensors: dict[str, Tensor], own: dict[str, Tensor], file: st
 
 
 def _parts(names: Sequence[str]) -> str:
-    """`rpn.head` and the like, each once, with the number of tensors where there are several parts."""
+    """Parts, for example `rpn.head`, each once, with the number of tensors where there are several parts."""
     parts = Counter(".".join(name.split(".")[:2]) for name in names)
     return ", ".join(parts) if len(parts) < 2 else ", ".join(f"{part} {count}" for part, count in parts.items())
 

@@ -42,7 +42,8 @@ def export_bundle(
         checkpoint: a `.safetensors` file of `dynamask train`, or a preset's name (`r50`, `lite0`) for random weights, to measure speed.
         bundle: the folder to make; an earlier bundle there is replaced once the new one is whole.
         canvas: height and width in pixels, multiples of 32; the checkpoint's own by default.
-        parity_images: compared on these; on generated shapes by default. Not with random weights, whose near-equal scores have no order.
+        parity_images: images to compare on; generated shapes by default. With random weights nothing is compared, because near-equal scores
+            have no order.
 
     Returns:
         `bundle`, `bytes` of the graph, `canvas`, `operators` (name -> count), `gmacs`, `parity` (differences, `holds`), `precision`.

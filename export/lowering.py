@@ -1,11 +1,11 @@
-"""Lowers a copy of the portable graph for TensorRT: what TensorRT lacks, or does in many small steps, becomes this project's operators.
+"""Lowers a copy of the portable graph for TensorRT: parts that it lacks, or runs as many small layers, become this project's operators.
 
-Standard operators go in, standard operators and nodes of the domain `dynamask` come out (`DynaMask` + the operator's name; what they are is
-in `trt_plugins`). The seams (`export.seams`) say where the parts to replace begin and end; the facts, what their nodes do not tell.
+The lowered graph has standard operators and nodes of the domain `dynamask`, named `DynaMask` + the operator's name (`trt_plugins`). The
+parts to replace lie between seams (`export.seams`); the facts are the numbers that their nodes do not show.
 
 The portable graph takes one image on one canvas; a `Profile` lets the lowered one take several, and other canvases. Between this project's
-operators nothing depends on either. Slots stay flat: slot k of image b is row `K b + k` of `boxes`, `grid_override` and the like, and
-`slots_14` to `slots_112` hold such rows. The budget is the mean over the instances of all images of a run.
+operators nothing depends on either. Slots stay flat: slot k of image b is row `K b + k` of `boxes`, `scores`, `labels`, `grids` and
+`grid_override`, and `slots_14` to `slots_112` hold row numbers. The budget is the mean over the instances of all images of a run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class PlacedOperator:
-    """An operator of the lowered graph and what it takes there; a size that varies is None."""
+    """An operator of the lowered graph and its inputs; a size that varies is None."""
 
     operator: Operator
     inputs: tuple[TensorSpec, ...]
@@ -68,7 +68,7 @@ class Lowered:
     operators: tuple[PlacedOperator, ...]
     """In the order in which they run."""
     ranges: Mapping[str, tuple[Shape, Shape, Shape]]
-    """Inputs whose shape varies -> the least, the likeliest and the most."""
+    """Inputs whose shape varies -> minimum, optimum and maximum."""
 
 
 def lower(model: onnx.ModelProto, profile: Profile | None = None) -> Lowered:
@@ -235,9 +235,9 @@ REWRITES: tuple[tuple[str, Callable[[gs.Graph, GraphFacts, Profile], int], str],
 def replace_between(
     graph: gs.Graph, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor], node: gs.Node, sizes: Sequence[str] = ()
 ) -> None:
-    """Let `node`, which has its inputs, give `outputs` in place of what computes them from `inputs` now.
+    """Replace the nodes that compute `outputs` from `inputs` by `node`.
 
-    What only they were computed by is gone at the graph's next `cleanup`. `sizes` names further outputs of the node, `[] int64` each.
+    The graph's next `cleanup` removes them. `sizes` names further outputs of the node, `[] int64` each.
 
     Raises:
         InputError: an output depends on something besides `inputs` and constants.
@@ -315,7 +315,7 @@ def _ranges(facts: GraphFacts, profile: Profile) -> dict[str, tuple[Shape, Shape
 
 
 def place_operators(graph: gs.Graph) -> Iterator[PlacedOperator]:
-    """Construct the operator of each node of this project, in order, check what it takes, and give its outputs their types.
+    """Construct the operator of each node of this project, in order, check its inputs, and set the types of its outputs.
 
     Raises:
         InputError: an attribute or an input does not fit the operator.
@@ -432,7 +432,7 @@ def _only_consumer(graph: gs.Graph, tensor: gs.Tensor, op: str) -> gs.Node | Non
 
 
 def _set_type(graph: gs.Graph, tensor: gs.Tensor, dtype: npt.DTypeLike) -> None:
-    """Give a tensor another type; what takes it and is no cast gets it cast back to the type it expects."""
+    """Change a tensor's type; its consumers, except casts, get it cast back to the type they expect."""
     if tensor.dtype == dtype:
         return
     if _is_output(graph, tensor):
