@@ -162,10 +162,10 @@ class Output:
                 self._partial.unlink(missing_ok=True)
 
     def keep(self) -> Path | None:
-        """After a failure: the partial file if it holds anything, for the user to look at; an empty one is removed."""
+        """After a failure: the partial file, for the user to look at; an empty one, or one that was for a pipe, is removed."""
         if self._partial is None or not self._partial.exists():
             return None
-        if self._partial.stat().st_size == 0:
+        if self.straight or self._partial.stat().st_size == 0:
             self.discard()
             return None
         return self._partial

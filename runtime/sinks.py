@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Image = npt.NDArray[np.uint8]
 _TICKS = 90_000
 """Time stamps a second in the video written, as usual for MPEG."""
+_LONGEST_GAP = 2 * 3600 * _TICKS
+"""MP4 holds steps of up to 2^31 time stamps, and the encoder's reordering adds up three of ours."""
+_LONGEST_SIDE = 16_384
+"""The largest width and height that x264 encodes, in pixels."""
 
 
 class Sink(abc.ABC):
@@ -130,8 +134,8 @@ class VideoSink(Sink):
     """An annotated MP4 (H.264, yuv420p), in `<stem>.<random>.partial.mp4` until the end.
 
     The first frame fixes the size, one pixel larger where that is odd; frames of another size are fitted into it, at the top left.
-    Frames keep their times, so that frames left out stay gaps. MP4 is written with jumps back, so a pipe gets it at the end, from a
-    file in the system's folder for temporary files.
+    A side of more than 16,384 pixels is scaled to that. Frames keep their times, so that frames left out stay gaps, up to two hours.
+    MP4 is written with jumps back, so a pipe gets it at the end, from a file in the system's folder for temporary files.
 
     Args:
         path: the file, with the suffix `.mp4`, or a device, pipe or descriptor.
@@ -157,6 +161,7 @@ class VideoSink(Sink):
             raise InputError(f"{self.path} is no MP4; give the video a name that ends with .mp4.")
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._last = -1
+        self._cut = 0
         self._stream: av.VideoStream | None = None
         self._output = Output(path)
         # FFmpeg writes through this file: it knows no file names, whose colons and bytes it would interpret.
@@ -169,11 +174,17 @@ class VideoSink(Sink):
         with _writing(self._output):
             image = annotate(frame.image, instances, score=0.0)
             if self._stream is None:
-                self._stream = self._open_stream(*_even(image).shape[:2])
+                self._stream = self._open_stream(*_encodable_size(*image.shape[:2]))
             picture = av.VideoFrame.from_ndarray(_fit(_even(image), self._stream.height, self._stream.width), format="rgb24")
             picture.time_base = Fraction(1, _TICKS)
-            self._last = picture.pts = max(self._last + 1, round(frame.time_s * _TICKS))
+            self._last = picture.pts = self._next_tick(frame.time_s)
             self._container.mux(self._stream.encode(picture))
+
+    def _next_tick(self, time_s: float) -> int:
+        ticks = max(self._last + 1, round(time_s * _TICKS) - self._cut)
+        excess = max(0, ticks - self._last - _LONGEST_GAP)
+        self._cut += excess
+        return ticks - excess
 
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         stream = self._container.add_stream("libx264", rate=self._rate, options={"preset": "veryfast", "crf": "20"})
@@ -238,6 +249,13 @@ class FolderSink(Sink):
             temporary.write_bytes(encoded.tobytes())
 
 
+def _encodable_size(height: int, width: int) -> tuple[int, int]:
+    """Even, as yuv420p needs them, and no side larger than x264 encodes."""
+    scale = min(1.0, _LONGEST_SIDE / max(height, width))
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    return height + height % 2, width + width % 2
+
+
 def _even(image: Image) -> Image:
     """Height and width even, as yuv420p needs them, by repeating the last row and column."""
     height, width = image.shape[:2]
@@ -265,7 +283,9 @@ def _writing(output: Output) -> Iterator[None]:
     try:
         yield
     except (OSError, av.FFmpegError) as error:
-        cause, way_out = failure(OSError(error.errno, error.strerror))
+        # What is not the system's fault is the encoder's, and ours.
+        otherwise = "choose another place" if isinstance(error, OSError) else "please report it, with the source"
+        cause, way_out = failure(OSError(error.errno, error.strerror), otherwise)
         partial = output.keep()
         kept = "" if partial is None else f": what was written is in {partial}"
         raise DynaMaskError(f"{output.destination} could not be written ({cause}){kept}; {way_out}.") from error

@@ -210,6 +210,17 @@ def test_a_full_device_and_a_reader_that_goes_are_said_as_what_they_are(tmp_path
         write(sink, frame(0))
 
 
+def test_an_abandoned_video_for_a_pipe_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RuntimeError, match="boom"), VideoSink(tmp_path / "pipe", 10) as sink:
+        write(sink, frame(0))
+        assert list((tmp_path / "temporary").iterdir())
+        raise RuntimeError("boom")
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 def test_a_folder_that_is_removed_while_a_stream_is_written_is_said(tmp_path: Path) -> None:
     for make in (lambda: JsonLinesSink(tmp_path / "f" / "out.jsonl"), lambda: VideoSink(tmp_path / "f" / "out.mp4", 10)):
         with pytest.raises(DynaMaskError, match="its folder does not exist"), make() as sink:
@@ -224,6 +235,24 @@ def test_any_name_can_be_written(tmp_path: Path, name: str) -> None:
         with sink:
             write(sink, frame(0))
     assert sorted(path.name for path in tmp_path.iterdir()) == [name, f"{name}.jsonl", f"{name}.mp4"]
+
+
+def test_gaps_of_days_do_not_end_a_video(tmp_path: Path) -> None:
+    with VideoSink(tmp_path / "out.mp4", 1) as sink:
+        for i, time_s in enumerate([0, 10, 500_000, 1_000_000, 1_500_000, 1_500_010]):
+            write(sink, frame(i, time_s=time_s), count=0)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        times = [one.time for one in container.decode(video=0)]
+    np.testing.assert_allclose(times, [0, 10, 10 + 7200, 10 + 2 * 7200, 10 + 3 * 7200, 20 + 3 * 7200])
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(100, 20_001, (82, 16_384)), (20_000, 3, (16_384, 2))])
+def test_frames_wider_than_the_encoder_takes_are_scaled(tmp_path: Path, height: int, width: int, expected: tuple[int, int]) -> None:
+    with VideoSink(tmp_path / "out.mp4", 1) as sink:
+        write(sink, frame(0, height, width), count=0)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width) == expected
 
 
 def test_a_video_without_frames_leaves_no_file(tmp_path: Path) -> None:
