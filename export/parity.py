@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx.utils
-import onnxruntime
 import torch
 
 from dynamask.model import DynaMask, GraphOutput
@@ -19,6 +18,7 @@ from dynamask.roi import image_rois
 from export.seams import RPN_DELTAS, RPN_LOGITS
 from runtime.graph import GRIDS, MSM, PYRAMID, SIZE_BASED
 from runtime.targets.base import Engine, EngineOutput
+from runtime.targets.ort import ort
 
 BOX_TOLERANCE = 0.1
 """Pixels of the canvas."""
@@ -85,7 +85,7 @@ def raw_differences(model: DynaMask, graph: Path, canvases: Iterable[npt.NDArray
     )
     largest: dict[str, float] = {}
 
-    def compare(part: onnxruntime.InferenceSession, feeds: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    def compare(part: ort.InferenceSession, feeds: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
         found = part.run(list(expected), {name: tensor.numpy() for name, tensor in feeds.items()})
         for (name, wanted), array in zip(expected.items(), found, strict=True):
             difference = float(np.abs(array - wanted.numpy()).max()) / max(1.0, float(wanted.abs().max()))
@@ -105,11 +105,11 @@ def raw_differences(model: DynaMask, graph: Path, canvases: Iterable[npt.NDArray
     return largest
 
 
-def _parts(graph: Path, ends: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[onnxruntime.InferenceSession]:
+def _parts(graph: Path, ends: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[ort.InferenceSession]:
     """Sessions of the parts of a graph between the given inputs and outputs."""
     extractor = onnx.utils.Extractor(onnx.load(graph))
     models = [extractor.extract_model(list(inputs), list(outputs)) for inputs, outputs in ends]
-    return [onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in models]
+    return [ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in models]
 
 
 def _named(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
