@@ -1,7 +1,7 @@
 """Builds engines into a bundle: for ONNX Runtime, the graph cut in two; for TensorRT, one engine and the kernels of its plugins.
 
-Engines are for one image at a time on the bundle's canvas or, for TensorRT, for what their profile says; the number of instances is decided
-on the device, image by image. Needs neither PyTorch nor, for TensorRT for RTX, a GPU.
+An engine takes one image on the bundle's canvas or, for TensorRT, the batches and canvases of its profile. The number of instances may vary
+from image to image. Building needs neither PyTorch nor, for TensorRT for RTX, a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 import dynamask
 import trt_plugins
+from export import serialized_engine
 from export.lowering import Lowered, lower
 from export.onnxruntime_engine import build_onnxruntime
 from export.precision import emulate_fp16, to_fp16
@@ -38,7 +39,7 @@ from trt_plugins.tensorrt import load
 
 PRECISIONS = ("fp32", "fp16")
 INPUTS = "inputs"
-"""Where an engine's versions hold the digest of all that it was built from."""
+"""The key, among an engine's versions, of the digest of everything that it was built from."""
 
 
 def build_engine(
@@ -50,27 +51,29 @@ def build_engine(
     canvas: tuple[Canvas, Canvas, Canvas] | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> dict[str, Any]:
-    """Build the engine of a bundle for a target, in place of an earlier one.
+    """Build the engine of a bundle for a target. It replaces an earlier one, unless nothing has changed since.
 
     Args:
         bundle: its folder.
         target: `onnxruntime`, `tensorrt-rtx`, `tensorrt`.
-        precision: `fp32` (without TF32) or `fp16` (`export.precision`); for `onnxruntime` fp16 rounds as on a GPU, to measure what that
-            costs, and is not faster.
-        capabilities: compute capabilities to compile kernels for (`8.9`); by default that of the GPU at hand, and without one all of
-            `COMPUTE_CAPABILITIES`. Engines for `tensorrt` are made on their GPU and for it.
-        batch: images of a run, the least, the likeliest (which the engine is tuned for) and the most; `onnxruntime` takes one.
-        canvas: likewise, heights and widths in pixels, multiples of 32; by default, and for `onnxruntime`, the bundle's own.
+        precision: `fp32` (without TF32) or `fp16` (`export.precision`). For `onnxruntime`, fp16 emulates a GPU's rounding, to measure its
+            cost in accuracy; it is not faster.
+        capabilities: compute capabilities to compile kernels for (`8.9`); by default that of this machine's GPU, and without a GPU all of
+            `COMPUTE_CAPABILITIES`. Engines for `tensorrt` are built on the GPU that runs them.
+        batch: the minimum, optimum (which the engine is tuned for) and maximum number of images in a run; `onnxruntime` takes one image.
+        canvas: minimum, optimum and maximum `(height, width)` in pixels, multiples of 32; the bundle's canvas by default, and always for
+            `onnxruntime`.
+        progress: called with a phase's name, the number of its finished steps, and the number of its steps.
 
     Returns:
         `engine` (its folder), `bytes` of its files, `seconds`, `target`, `precision`, `profile` (`batch`, `canvas`), `versions`,
-        `plugins` (names of operators, sorted), `plugin_nodes` (name -> how many), `rewrites` (`name`, `count`, `why`), `kernels` (`kernel`,
-        `compute_capability`, `registers`, `spills` and `shared` in bytes), `reused` (nothing has changed since it was built, and it was
-        left as it is).
+        `plugins` (names of operators, sorted), `plugin_nodes` (name -> number of nodes), `rewrites` (`name`, `count`, `why`), `kernels`
+        (`kernel`, `compute_capability`, `registers`, `spills` and `shared` in bytes), `reused` (True if nothing has changed since the
+        engine was built, so that it was kept).
 
     Raises:
-        InputError: the bundle is missing, damaged or of an earlier version; no such target, precision or compute capability; a profile that
-            does not rise, or that the target does not have; a library or, for `tensorrt`, a GPU is missing.
+        InputError: the bundle is missing, damaged or of an earlier version; the target, precision or compute capability does not exist;
+            the profile does not rise, or the target does not support it; a library or, for `tensorrt`, a GPU is missing.
         DynaMaskError: a kernel does not compile, the target does not take the graph, or the engine could not be written.
     """
     start = time.perf_counter()
@@ -108,16 +111,14 @@ def _profile(batch: tuple[int, int, int], canvas: tuple[Canvas, Canvas, Canvas])
     except ValidationError as error:
         name, given = str(error.errors()[0]["loc"][0]), {"batch": batch, "canvas": ["x".join(map(str, size)) for size in canvas]}
         raise InputError(
-            f"No engine has the {name} {':'.join(map(str, given[name]))}: give the least, the likeliest and the most, each at least as "
-            "large as the one before, images from 1 on and sides that are multiples of 32."
+            f"No engine has the {name} {':'.join(map(str, given[name]))}: give minimum, optimum and maximum, each at least as "
+            "large as the one before; batches are 1 or more, and sides multiples of 32."
         ) from error
 
 
 def _build_onnxruntime(bundle: Bundle, precision: str, capabilities: Sequence[str]) -> tuple[EngineEntry, dict[str, Any]]:
     if capabilities:
-        raise InputError(
-            f"The target onnxruntime runs on the CPU, whatever the compute capability ({', '.join(capabilities)}); leave it out."
-        )
+        raise InputError(f"The target onnxruntime runs on the CPU and has no compute capability ({', '.join(capabilities)}); leave it out.")
     entry = build_onnxruntime(bundle, precision, (lambda part: emulate_fp16(to_fp16(part))) if precision == "fp16" else None)
     return entry, {"plugins": [], "plugin_nodes": {}, "rewrites": [], "kernels": [], "reused": False}
 
@@ -203,16 +204,17 @@ def _version(package: str) -> str:
 
 
 def _digest(model: onnx.ModelProto, profile: Profile, precision: str, capabilities: Sequence[str], versions: dict[str, str]) -> str:
-    """Of all that decides an engine: the lowered graph, what was asked for, the versions, and the sources of plugins and builder."""
+    """Of everything that decides an engine: the lowered graph, the options, the versions, and the sources of plugins and builder."""
     digest = hashlib.sha256(model.SerializeToString(deterministic=True))
     digest.update(repr((profile, precision, list(capabilities), sorted(versions.items()))).encode())
-    for file in [*sorted(Path(__file__).parent.glob("*engine.py")), *sorted(Path(trt_plugins.__path__[0]).rglob("*.py"))]:
+    builder = (Path(__file__), Path(serialized_engine.__file__))
+    for file in (*builder, *sorted(Path(trt_plugins.__path__[0]).rglob("*.py"))):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _unchanged(bundle: Bundle, target: str, versions: dict[str, str]) -> EngineEntry | None:
-    """The engine that is there, if it is whole and was built from the same."""
+    """The bundle's engine, if it is intact and was built from the same inputs."""
     try:
         entry = bundle.engine(target)
     except InputError:

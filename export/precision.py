@@ -1,7 +1,7 @@
-"""Half precision: the network in fp16, and what is decided on its predictions, boxes and grids, in fp32.
+"""Half precision: the network in fp16, and the decisions on its predictions (boxes, grids) in fp32.
 
-The graph stays strongly typed: every change of type is a `Cast` that stands in it. ONNX Runtime's own converter is not used: it rounds
-every tensor between two nodes that are to stay in fp32, box coordinates among them, to fp16 and back.
+The graph stays strongly typed: every change of type is a `Cast` node. ONNX Runtime's own converter is not used, because it rounds every
+tensor between two fp32 nodes to fp16 and back, box coordinates included.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from runtime.errors import InputError
 from runtime.graph import DETECTIONS, SLOTS
 
 PREDICTIONS = (*RPN_LOGITS, *RPN_DELTAS, "class_logits", "box_deltas", "msm_logits")
-"""Where the network ends and decisions begin."""
+"""The last tensors of the network; decisions begin here."""
 DECISIONS = (*DETECTIONS, "grids", *SLOTS)
-"""Where decisions end. RoIs, which RoIAlign takes, are decisions too."""
+"""The last tensors of the decisions. The RoIs that RoIAlign takes are decisions too."""
 MONOTONE = ("Relu", "Clip")
-"""Rounding before them changes nothing that rounding behind them does not: engines fuse them with what comes before."""
+"""Rounding before them gives the same result as rounding after them: engines fuse them with the node before."""
 SUFFIXES: Mapping[int, str] = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16"}
 
 
 def to_fp16(model: ModelProto) -> ModelProto:
     """A copy of a DynaMask graph with weights and activations in fp16; inputs and outputs keep their types.
 
-    What lies between `PREDICTIONS` and `DECISIONS` (decoding, NMS, routing), RoI coordinates and RoIAlign itself stay in fp32. Also for
-    one of the two parts that the ONNX Runtime target cuts the graph into.
+    The nodes between `PREDICTIONS` and `DECISIONS` (decoding, NMS, routing), RoI coordinates and RoIAlign itself stay in fp32. The graph
+    may also be one of the two parts of an ONNX Runtime engine.
 
     Raises:
-        InputError: the graph has none of the named tensors, or a weight is beyond fp16's range.
+        InputError: the graph has none of the tensors `PREDICTIONS`, or a weight is outside fp16's range.
     """
     model = onnx.shape_inference.infer_shapes(model)
     graph = model.graph
@@ -46,9 +46,9 @@ def to_fp16(model: ModelProto) -> ModelProto:
 
 
 def emulate_fp16(model: ModelProto) -> ModelProto:
-    """What `to_fp16` gives, for machines that compute in fp32: every node does, and its result is rounded to fp16.
+    """A graph of `to_fp16` for machines that compute in fp32: every node computes in fp32, and its result is rounded to fp16.
 
-    ONNX Runtime, left to itself, puts casts around nodes that it cannot run in fp16, and then takes away every pair of casts that rounds.
+    Without this, ONNX Runtime puts casts around nodes that it cannot run in fp16, and then removes every pair of casts, and the rounding.
     """
     emulated = ModelProto()
     emulated.CopyFrom(model)
@@ -56,7 +56,7 @@ def emulate_fp16(model: ModelProto) -> ModelProto:
     halves = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.FLOAT16}
     halves |= {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     nodes: list[NodeProto] = []
-    # fp16 tensor -> the same values in fp32, and -> what they were before they were rounded.
+    # Name of an fp16 tensor -> of the same values in fp32, and -> of the values before they were rounded.
     wide: dict[str, str] = {}
     exact: dict[str, str] = {}
     for node in graph.node:
@@ -77,7 +77,7 @@ def emulate_fp16(model: ModelProto) -> ModelProto:
 
 
 def fp32_nodes(graph: GraphProto) -> set[str]:
-    """The outputs of the nodes that stay in fp32: RoIAlign, and all between `PREDICTIONS` and `DECISIONS` or a RoI."""
+    """The outputs of the nodes that stay in fp32: RoIAlign, and the nodes between `PREDICTIONS` and `DECISIONS` or a RoI."""
     producers = {name: node for node in graph.node for name in node.output}
     aligns = [node for node in graph.node if node.op_type == "RoiAlign"]
     found = {name for node in aligns for name in node.output}
@@ -91,7 +91,7 @@ def fp32_nodes(graph: GraphProto) -> set[str]:
 
 
 class _Conversion:
-    """One pass over the nodes, in order: each gets its inputs in the type that it computes in."""
+    """One pass over the nodes, in order: each gets its inputs in the type in which it computes."""
 
     def __init__(self, graph: GraphProto, opset: int) -> None:
         self.graph = graph
@@ -123,13 +123,13 @@ class _Conversion:
             value.type.tensor_type.elem_type = self.types[value.name]
 
     def _admits_fp16(self, node: NodeProto) -> Callable[[int], bool]:
-        """Whether the operator takes its input number i in fp16; some, as the scales of `Resize`, are fp32 whatever the rest is."""
+        """Whether the operator takes its input number i in fp16; some inputs, such as the scales of `Resize`, are always fp32."""
         schema = defs.get_schema(node.op_type, self.opset, node.domain)
         last = len(schema.inputs) - 1
         return lambda index: "tensor(float16)" in schema.inputs[min(index, last)].types
 
     def _in_type(self, name: str, kind: int) -> str:
-        """The name of a tensor in the type wanted: itself, a converted constant, or what a `Cast` makes of it, once."""
+        """The name of a tensor in a type: its own, that of a converted constant, or that of a `Cast`'s output, added once."""
         if self.types[name] == kind:
             return name
         other = f"{name}_{SUFFIXES[kind]}"
@@ -142,7 +142,7 @@ class _Conversion:
         return other
 
     def _restore_outputs(self) -> None:
-        """Outputs that became fp16 are cast back under their name."""
+        """Cast outputs that became fp16 back to fp32, under their name."""
         halves = {name: f"{name}_fp16" for name in (value.name for value in self.graph.output) if self.types[name] == TensorProto.FLOAT16}
         for node in self.nodes:
             for names in (node.input, node.output):

@@ -1,6 +1,6 @@
-"""TensorRT's builder, in a process of its own: Ctrl-C ends it at once, and what makes TensorRT abort does not end the caller.
+"""Runs TensorRT's builder in a process of its own: Ctrl-C ends it at once, and if TensorRT aborts, the caller goes on.
 
-TensorRT's own way to cancel a build, `IProgressMonitor`, corrupts memory in TensorRT 1.7 for RTX while it clones plugins.
+Cancelling a build through TensorRT's `IProgressMonitor` corrupts memory in TensorRT 1.7 for RTX while it clones plugins.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
 Progress = Callable[[str, int, int], None]
-"""Called with a phase's name, how many of its steps are done, and how many it has. Phases lie in one another."""
+"""Called with a phase's name, the number of its finished steps, and the number of its steps. Phases are nested."""
 
 
 def build_serialized(target: str, model: Path, engine: Path, library: KernelLibrary, ranges: Ranges, progress: Progress) -> None:
@@ -39,7 +39,7 @@ def build_serialized(target: str, model: Path, engine: Path, library: KernelLibr
     Args:
         engine: the file to write; a log is written beside it.
         library: the kernels of the graph's plugins, which `tensorrt` runs on the GPU at hand to time them.
-        ranges: the inputs whose shape varies -> the least, the likeliest, which the engine is tuned for, and the most.
+        ranges: each input whose shape varies -> its minimum, optimum and maximum shape; the engine is tuned for the optimum.
 
     Raises:
         InputError: a node does not fit its plugin, or for `tensorrt` there is no GPU.
@@ -60,7 +60,9 @@ def build_serialized(target: str, model: Path, engine: Path, library: KernelLibr
         log = _log(engine)
         said = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
         reason = f"exit status {process.exitcode}" + "".join(f", {line}" for line in said[-1:])
-        raise DynaMaskError(f"The builder of {target} was ended from outside or aborted ({reason}); is there enough memory?") from None
+        raise DynaMaskError(
+            f"The builder of {target} aborted or was killed, perhaps for lack of memory ({reason}); free some memory and build again."
+        ) from None
     finally:
         process.kill()
         process.join()
@@ -94,7 +96,7 @@ def _work(sender: Connection, target: str, model: Path, engine: Path, library: K
 
 @contextlib.contextmanager
 def _driver(target: str, library: KernelLibrary) -> Iterator[tuple[Driver | None, Launcher | None]]:
-    """The GPU that the full TensorRT times its layers on, and what launches the plugins' kernels there."""
+    """For `tensorrt`: the GPU on which it times its layers, and the launcher of the plugins' kernels there."""
     if target == "tensorrt-rtx":
         yield None, None
         return
@@ -109,7 +111,7 @@ def _driver(target: str, library: KernelLibrary) -> Iterator[tuple[Driver | None
 
 
 class _Builder:
-    """One build; `error` is the last that TensorRT logged."""
+    """One build; `error` is the last error that TensorRT logged."""
 
     def __init__(self, trt: TensorRT, progress: Progress) -> None:
         self.trt = trt
@@ -117,12 +119,12 @@ class _Builder:
         self.error = "it gave no reason"
 
     def build(self, model: Path, engine: Path, ranges: Ranges, launcher: Launcher | None, driver: Driver | None) -> None:
-        """From file to file; the driver's GPU, if any, has a timing cache."""
+        """Build from file to file. A timing cache is used if there is a driver, for its GPU."""
         trt = self.trt
         logger, monitor = self._logger(), self._monitor()
         with register(trt, launcher).raising():
             builder = trt.Builder(logger)
-            # TensorRT 10 must be told; later ones know no other networks.
+            # TensorRT 10 needs the flag; in later versions all networks are strongly typed.
             network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
             parser = trt.OnnxParser(network, logger)
             if not parser.parse_from_file(str(model)):
@@ -130,7 +132,7 @@ class _Builder:
             config = builder.create_builder_config()
             config.progress_monitor = monitor
             config.clear_flag(trt.BuilderFlag.TF32)
-            # Everything in one stream: the runner's order of events and kernels relies on it.
+            # One stream only: TensorRTEngine relies on the order of events and kernels in it.
             config.max_aux_streams = 0
             if ranges:
                 profile = builder.create_optimization_profile()
@@ -184,7 +186,7 @@ class _Builder:
 
 @contextlib.contextmanager
 def _timing_cache(trt: TensorRT, config: tensorrt.IBuilderConfig, driver: Driver | None) -> Iterator[None]:
-    """What the full TensorRT measures on a GPU, kept for the next build there; TensorRT for RTX measures nothing while it builds."""
+    """The layer timings that TensorRT measures on a GPU, kept for later builds. TensorRT for RTX measures none while it builds."""
     if driver is None:
         yield
         return

@@ -17,7 +17,7 @@ _GPU_QUERY = "name,memory.total,driver_version,compute_cap"
 
 
 def examine() -> dict[str, Any]:
-    """Look at this machine; nothing is changed, and a package that is broken is reported, not raised.
+    """Examine this machine. Nothing is changed; a broken package is reported, not raised.
 
     Returns:
         `dynamask` (version), `machine` (`python`, `system`, `cpu`, `cores` usable by this process, `memory_gib` or None), `gpus` (list of

@@ -1,4 +1,4 @@
-"""Operators for TensorRT, without C++: Triton kernels, TensorRT plugins in Python, and what binds them.
+"""Everything of NVIDIA: operators as Triton kernels and TensorRT plugins in Python, the CUDA driver, and the TensorRT targets.
 
 Importing this package loads neither TensorRT, Triton nor PyTorch.
 """

@@ -1,6 +1,6 @@
-"""Compiles Triton kernels ahead of time, for GPUs that need not be there.
+"""Compiles Triton kernels ahead of time; no GPU is needed.
 
-Importing this module does not load Triton: only worker processes do, as a process that interprets kernels cannot compile them.
+Only worker processes load Triton: a process that interprets kernels cannot compile them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runtime.files import atomic_path, user_cache
 from trt_plugins.kernels import COMPUTE_CAPABILITIES, CompiledKernel, KernelLibrary
 from trt_plugins.operator import KernelSpec
 
-MOST_PROCESSES = 8
+MAX_PROCESSES = 8
 """A worker holds about 300 MB."""
 
 
@@ -40,13 +40,13 @@ def compile_kernels(
     progress: Callable[[int, int], None] | None = None,
     cache: Path | None = None,
 ) -> KernelLibrary:
-    """Compile every kernel for every compute capability, in processes of their own; what an earlier call compiled is not compiled again.
+    """Compile each kernel for each compute capability, in worker processes. Kernels in the cache are not compiled again.
 
     Args:
-        specs: the same one may come several times.
+        specs: the kernels; duplicates are compiled once.
         capabilities: `8.6`, …
-        processes: how many at a time; None is one a CPU, 8 at most.
-        progress: called with how many are ready and how many there are, at the start and after each.
+        processes: number of worker processes; None is one for each CPU, 8 at most.
+        progress: called with the number of finished kernels and the total, at the start and after each kernel.
         cache: a folder; None is `dynamask/kernels` in the user's cache folder.
 
     Raises:
@@ -67,7 +67,7 @@ def compile_kernels(
             progress(len(kernels), len(files))
 
     report()
-    for spec, compiled in _compile_all(_jobs(missing), processes or min(os.cpu_count() or 1, MOST_PROCESSES)):
+    for spec, compiled in _compile_all(_jobs(missing), processes or min(os.cpu_count() or 1, MAX_PROCESSES)):
         for kernel in compiled:
             kernels[spec, kernel.compute_capability] = kernel
             with atomic_path(files[spec, kernel.compute_capability]) as temporary:
@@ -77,11 +77,11 @@ def compile_kernels(
 
 
 Job = tuple[KernelSpec, tuple[str, ...]]
-"""A kernel, and compute capabilities that Triton makes the same PTX for."""
+"""A kernel, and compute capabilities for which Triton makes the same PTX."""
 
 
 def _jobs(missing: Iterable[tuple[KernelSpec, str]]) -> list[Job]:
-    """Triton's PTX for 8.0, 8.6, 8.7 and 8.9 differs in the name of the target alone (`tests/trt_plugins/test_aot.py`): it is made once."""
+    """Triton's PTX for 8.0, 8.6, 8.7 and 8.9 differs only in the name of the target (`tests/trt_plugins/test_aot.py`): it is made once."""
     jobs: dict[tuple[KernelSpec, str], list[str]] = {}
     for spec, capability in missing:
         jobs.setdefault((spec, "8" if capability.startswith("8.") else capability), []).append(capability)
@@ -100,14 +100,16 @@ def _compile_all(jobs: Sequence[Job], processes: int) -> Iterator[tuple[KernelSp
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
-            raise DynaMaskError("A process that compiled kernels was ended from outside; is there enough memory?") from error
+            raise DynaMaskError(
+                "A worker process that compiled kernels was killed, perhaps for lack of memory; free some memory and build again."
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start_worker(scratch: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback.
-    os.dup2(2, 1)  # Triton prints what it cannot compile; standard output may be carrying a result.
+    os.dup2(2, 1)  # Triton prints errors to standard output, which may carry a result.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = scratch
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # Line information holds this machine's paths.
@@ -142,7 +144,7 @@ def _compile_here(spec: KernelSpec, capabilities: Sequence[str]) -> list[Compile
         attrs={(index,): BaseBackend.parse_attr("D") for index, name in enumerate(names) if types.get(name, "").startswith("*")},
     )
     target = GPUTarget("cuda", int(capabilities[0].replace(".", "")), 32)
-    # Fused multiply-adds are said, because their default changes with Triton 3.10.
+    # Fused multiply-adds are explicit, because their default changes with Triton 3.10.
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=target, options=options)
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -203,7 +205,7 @@ def _cached(file: Path) -> CompiledKernel | None:
 
 
 def _digest(spec: KernelSpec, capability: str) -> str:
-    """What a compiled kernel depends on: its form, the source of its module and of this one, Triton's version, the target."""
+    """Of everything that a compiled kernel depends on: its form, the sources of its module and of this one, Triton's version, target."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -214,7 +216,7 @@ def _digest(spec: KernelSpec, capability: str) -> str:
 
 
 def _sources(module: str) -> list[bytes]:
-    """The text of a module and of those of its own package and of `runtime` that it imports, directly or not; none is executed."""
+    """The text of a module and of those of its own package and of `runtime` that it imports, directly or not, without executing them."""
     packages = {module.split(".")[0], "runtime"}
     sources: dict[Path, bytes] = {}
     waiting = [module]

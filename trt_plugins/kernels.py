@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, and the files that hold them: what an engine launches, without Triton."""
+"""Kernels compiled ahead of time, and the files that hold them. An engine launches them without Triton."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from runtime.errors import InputError
 
 COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.7", "8.9", "9.0", "12.0")
-"""What kernels are compiled for where no GPU is named: A100, RTX 30, Jetson Orin, RTX 40, H100 and H200, RTX 50."""
+"""The compute capabilities that kernels are compiled for by default: A100, RTX 30, Jetson Orin, RTX 40, H100 and H200, RTX 50."""
 KNOWN_CAPABILITIES = (*COMPUTE_CAPABILITIES[:5], "10.0", "10.3", "11.0", "12.0", "12.1")
-"""Of all GPUs that there are from 8.0 on: data centres' Blackwell and Thor besides."""
+"""All compute capabilities from 8.0 on: also data-centre Blackwell and Thor."""
 INDEX = "kernels.json"
 TEGRA = frozenset({(8, 7), (11, 0)})
 """Orin and Thor."""
@@ -22,7 +22,7 @@ ComputeCapability = Annotated[str, Field(pattern=r"^\d+\.\d$")]
 
 
 class KernelInfo(BaseModel):
-    """What a launch must know of a compiled kernel, and what its compilation said."""
+    """The parameters of a launch, and figures from the compiler."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,7 +32,7 @@ class KernelInfo(BaseModel):
     entry: str
     """The function's name in the cubin."""
     signature: tuple[tuple[str, str], ...]
-    """The `KernelSpec`'s arguments, in order. Two pointers follow them, to the two kinds of scratch memory; null where those are 0."""
+    """The arguments of the `KernelSpec`, in order. Two pointers to Triton's scratch memory follow them; null if their sizes are 0."""
     num_warps: int
     """Warps a block: a block has 32 threads for each."""
     shared: int
@@ -40,11 +40,11 @@ class KernelInfo(BaseModel):
     global_scratch: int
     """Bytes of global memory a block, or 0."""
     profile_scratch: int
-    """Bytes of global memory a block, for Triton's profiler, or 0."""
+    """Bytes of global memory a block for Triton's profiler, or 0."""
     registers: int | None
-    """Of a thread; None where it was not measured."""
+    """Registers of a thread; None if unknown."""
     spills: int | None
-    """Local memory of a thread, bytes: registers that were spilled, and arrays; None where it was not measured."""
+    """Bytes of local memory of a thread (spilled registers and arrays); None if unknown."""
 
     @property
     def file(self) -> str:
@@ -61,7 +61,7 @@ class CompiledKernel(KernelInfo):
 
     @property
     def info(self) -> KernelInfo:
-        """All but the cubin."""
+        """The same without the cubin."""
         return KernelInfo(**self.model_dump(exclude={"cubin"}))
 
 
@@ -76,7 +76,7 @@ class KernelLibrary:
 
     @property
     def compute_capabilities(self) -> list[str]:
-        """Those that kernels are here for, the lowest first."""
+        """The compute capabilities of its kernels, the lowest first."""
         return sorted({kernel.compute_capability for kernel in self.kernels}, key=_version)
 
     def to_files(self) -> dict[str, bytes]:
@@ -86,10 +86,10 @@ class KernelLibrary:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> KernelLibrary:
-        """The library that `to_files` gave; other files are left alone.
+        """The library in files of `to_files`; other files are ignored.
 
         Raises:
-            InputError: the index or a kernel is missing, or the index is none.
+            InputError: the index or a kernel is missing, or the index is damaged.
         """
         again = "build the engine again with dynamask build-engine"
         try:

@@ -1,7 +1,7 @@
-"""Runs an operator on PyTorch tensors, kernel by kernel as an engine would: through Triton on a GPU, through its interpreter on the CPU.
+"""Runs an operator on PyTorch tensors, with the launches that an engine makes: in Triton on a GPU, in its interpreter on the CPU.
 
-On the CPU, `TRITON_INTERPRET=1` must be in the environment before Triton is first imported. This is how kernels are tested without a GPU
-and measured with one; engines do not use it.
+On the CPU, `TRITON_INTERPRET=1` must be in the environment before Triton is first imported. Tests and benchmarks use this module; engines
+do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from runtime.errors import DynaMaskError
 from trt_plugins.operator import TRITON_TYPES, Buffer, DataDependent, DType, Launch, Operator, TensorSpec
 
 GARBAGE = 0xA5
-"""What outputs and workspaces are filled with beforehand: a kernel that reads what it has not written is seen."""
+"""Outputs and workspaces are filled with this byte first, so that tests notice a kernel that reads memory it has not written."""
 
 
 def run(operator: Operator, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -25,7 +25,7 @@ def run(operator: Operator, inputs: Sequence[Tensor]) -> list[Tensor]:
 
     Raises:
         InputError: the inputs do not fit the operator.
-        DynaMaskError: CPU tensors, and Triton does not interpret.
+        DynaMaskError: the tensors are on the CPU, and Triton's interpreter is off.
     """
     device = inputs[0].device
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -51,7 +51,7 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 
 def start(launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: Tensor) -> None:
-    """One launch, on an operator's inputs, the room for its outputs, and its workspace `[bytes] uint8`."""
+    """Start one launch on an operator's inputs, the memory of its outputs, and its workspace `[bytes] uint8`."""
     if 0 in launch.grid:
         return
     spec = launch.kernel

@@ -1,8 +1,8 @@
-"""What an operator is, told once for every TensorRT, for the ahead-of-time compiler, for Triton's interpreter and for the tests.
+"""The base class of operators, used by TensorRT's plugins, the ahead-of-time compiler, Triton's interpreter and the tests.
 
-An `Operator` knows its attributes, the types and shapes it takes and gives, and which kernels it launches on them. It imports neither
-TensorRT nor Triton: `trt_plugins.plugin` makes a TensorRT plugin of it, `trt_plugins.aot` compiles its kernels, `trt_plugins.on_torch`
-runs them on PyTorch tensors. docs/plugins.md shows how one is added.
+An `Operator` describes its attributes, the types and shapes of its inputs and outputs, and the kernels that it launches. It imports neither
+TensorRT nor Triton: `trt_plugins.plugin` makes a TensorRT plugin of it, `trt_plugins.aot` compiles its kernels, and `trt_plugins.on_torch`
+runs them on PyTorch tensors. docs/plugins.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DType = Literal["float32", "float16", "int32", "int64", "bool"]
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "int32": 4, "int64": 8, "bool": 1}
 TRITON_TYPES: Mapping[str, str] = {"float32": "fp32", "float16": "fp16", "int32": "i32", "int64": "i64", "bool": "i1"}
 ALIGNMENT = 256
-"""Bytes: what every part of a workspace begins at a multiple of."""
+"""Each part of a workspace begins at a multiple of this number of bytes."""
 
 AttributeValue = int | float | tuple[int, ...] | tuple[float, ...]
 Constant = int | float | bool | tuple[float, ...]
@@ -37,19 +37,19 @@ class Attribute:
     name: str
     kind: Literal["int", "float", "ints", "floats"]
     default: AttributeValue | None = None
-    """None: it must be given."""
+    """None if the attribute must be given."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's shape and type; None is a size not known before run time."""
+    """A tensor's shape and type. A size is None if it is not known before run time."""
 
     shape: tuple[int | None, ...]
     dtype: DType
 
     @property
     def items(self) -> int:
-        """How many items it holds; every size must be known."""
+        """The number of items; every size must be known."""
         return math.prod(self.size(axis) for axis in range(len(self.shape)))
 
     def size(self, axis: int) -> int:
@@ -61,7 +61,7 @@ class TensorSpec:
 
 
 def alike(*sizes: int | None) -> bool:
-    """Whether those that are known are the same."""
+    """Whether all known sizes are equal."""
     return len({size for size in sizes if size is not None}) <= 1
 
 
@@ -75,12 +75,12 @@ class Times:
     """A dimension that is `size * factor`."""
 
     size: Any
-    """What a TensorRT builder calls a dimension."""
+    """A dimension of a TensorRT builder."""
     factor: int
 
 
 def times(size: Any, factor: int) -> Any:
-    """`size * factor`: an int of an int, None where the size is not known, and `Times` of a builder's dimension."""
+    """`size * factor`: an int if `size` is an int, None if it is None, and `Times` for a dimension of a TensorRT builder."""
     if size is None:
         return None
     return size * factor if isinstance(size, int) else Times(size, factor)
@@ -88,19 +88,19 @@ def times(size: Any, factor: int) -> Any:
 
 @dataclass(frozen=True)
 class DataDependent:
-    """A size that the kernels write, as one item, to the operator's output `size_output`; never above `upper`."""
+    """A size that the kernels write, as one item, to output number `size_output` of the operator; at most `upper`."""
 
     size_output: int
     upper: Any
-    """An int, whatever a TensorRT builder calls a dimension, or `Times`."""
+    """An int, a dimension of a TensorRT builder, or `Times`."""
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One compiled form of a Triton kernel. Everything that decides its machine code is here."""
+    """One compiled form of a Triton kernel: everything that decides its machine code."""
 
     module: str
-    """Where the kernel is defined: `trt_plugins.deform_conv.kernel`."""
+    """The module that defines the kernel: `trt_plugins.deform_conv.kernel`."""
     function: str
     signature: tuple[tuple[str, str], ...]
     """The arguments that are not constants, in order: `("x", "*fp16")`, `("n", "i32")`."""
@@ -110,7 +110,7 @@ class KernelSpec:
 
     @functools.cached_property
     def key(self) -> str:
-        """A name that no other form of any kernel has, for files."""
+        """A unique name of this form, for files."""
         fields = [self.module, self.function, self.signature, self.constants, self.num_warps, self.num_stages]
         return f"{self.function}-{hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:12]}"
 
@@ -123,12 +123,12 @@ class Buffer:
     index: int = 0
     offset: int = 0
     dtype: DType = "float32"
-    """What the kernel reads there (needed for the workspace, which has no type of its own)."""
+    """The type that the kernel reads there; needed for the workspace, which is untyped."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel; `arguments` follow its signature. A grid with a 0 in it launches nothing."""
+    """One launch of a kernel; `arguments` are in the order of its signature. A launch whose grid has a 0 in it is skipped."""
 
     kernel: KernelSpec
     grid: tuple[int, int, int]
@@ -137,13 +137,13 @@ class Launch:
 
 @dataclass
 class Workspace:
-    """Lays out scratch memory: `take` gives each part its place, `bytes` is the whole."""
+    """The layout of scratch memory: `take` adds a part, and `bytes` is the total size."""
 
     bytes: int = 0
     parts: dict[str, Buffer] = field(default_factory=dict)
 
     def take(self, name: str, items: int, dtype: DType) -> Buffer:
-        """A part for `items` items."""
+        """Add a part for this number of items."""
         part = Buffer("workspace", 0, self.bytes, dtype)
         self.parts[name] = part
         self.bytes += -(-max(items, 1) * ITEM_BYTES[dtype] // ALIGNMENT) * ALIGNMENT
@@ -151,24 +151,24 @@ class Workspace:
 
 
 def _shortest(value: Any) -> float:
-    """The shortest number that 32 bits, in which ONNX and TensorRT keep attributes, do not tell from this one."""
+    """The shortest decimal that has the same float32 value; ONNX and TensorRT store attributes in float32."""
     return float(str(np.float32(value)))
 
 
 class Operator(ABC):
     """One node of a lowered graph.
 
-    Subclasses are constructed from the node's attributes; a wrong one raises at once. All tensors are dense, in row order ("linear").
+    The constructor takes the node's attributes, and raises if one is wrong. All tensors are dense, in row order ("linear").
     """
 
     name: ClassVar[str]
-    """`DeformConv`; the TensorRT plugin and the ONNX node are called `DynaMaskDeformConv`, so that no parser takes it for its own."""
+    """`DeformConv`. TensorRT plugin and ONNX node are called `DynaMaskDeformConv`, so that no parser uses an operator of its own."""
     attributes: ClassVar[tuple[Attribute, ...]] = ()
     outputs: ClassVar[tuple[str, ...]]
-    """Their names, the sizes of data-dependent ones among them."""
+    """The outputs' names, including the sizes of data-dependent outputs."""
 
     def __init__(self, node: str = "", **values: Any) -> None:
-        """Take a node's name (for messages) and its attributes.
+        """Check and store the attributes of a node; its name is for error messages.
 
         Raises:
             InputError: an attribute is missing, unknown, or not of its kind.
@@ -193,7 +193,7 @@ class Operator(ABC):
             raise InputError(f"{self.node}: {self.name}'s attribute {attribute.name} is {value!r}, not {attribute.kind}.") from None
 
     def check_attributes(self) -> None:  # noqa: B027 (an operator may have nothing to refuse)
-        """Refuse values that make no sense together.
+        """Refuse attribute values that are out of range or do not fit each other.
 
         Raises:
             InputError: names the node and the attribute.
@@ -209,16 +209,16 @@ class Operator(ABC):
 
     @abstractmethod
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
-        """Types of the outputs, sizes included (`int64`), for inputs of these types; they are the only combination it takes."""
+        """Types of the outputs, including the sizes (`int64`), for inputs of these types."""
 
     @abstractmethod
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Shapes of the outputs from those of the inputs, whose sizes are ints or a TensorRT builder's dimensions: pass them on, or
-        give ints, `times` of them, or `DataDependent`. The size of a data-dependent output is an output itself, of shape `[]`."""
+        """Shapes of the outputs. The sizes of the inputs are ints or dimensions of a TensorRT builder; the sizes of the outputs are these,
+        `times` of these, ints, or `DataDependent`. The size of a data-dependent output is an output itself, of shape `[]`."""
 
     @abstractmethod
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """Every kernel that `launches` may use for inputs of these types and shapes (None where a size may vary)."""
+        """Every kernel that `launches` may use for inputs of these types and shapes; a size that may vary is None."""
 
     def workspace(self, inputs: Sequence[TensorSpec]) -> Workspace:
         """Scratch memory for inputs of at most these shapes."""
@@ -226,11 +226,11 @@ class Operator(ABC):
 
     @abstractmethod
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """What to launch, in order, for these inputs. Data-dependent outputs have room for their largest size, and their own sizes are
-        written by the kernels. Nothing is zeroed beforehand: neither outputs nor workspace."""
+        """The launches, in order, for these inputs. Data-dependent outputs have memory for their largest size; the kernels write the actual
+        sizes. Neither outputs nor workspace are zeroed beforehand."""
 
     def max_output_specs(self, inputs: Sequence[TensorSpec]) -> list[TensorSpec]:
-        """The outputs for inputs of these shapes, data-dependent ones at their largest."""
+        """The outputs for inputs of these shapes, data-dependent ones at their largest size."""
         shapes = self.output_shapes([spec.shape for spec in inputs])
         types = self.output_types([spec.dtype for spec in inputs])
         return [
@@ -238,6 +238,6 @@ class Operator(ABC):
             for shape, dtype in zip(shapes, types, strict=True)
         ]
 
-    def refuse(self, what: str) -> InputError:
-        """The sentence for something that does not fit; `what` names the attribute or the input."""
-        return InputError(f"{self.node}: {self.name}: {what}.")
+    def refuse(self, reason: str) -> InputError:
+        """The error for an attribute or input that does not fit; `reason` names it and says what to give."""
+        return InputError(f"{self.node}: {self.name}: {reason}.")

@@ -1,6 +1,7 @@
-"""TensorRT plugins made of operators: class-based (`IPluginV3`), the one kind that TensorRT 10 and 11 and TensorRT for RTX share.
+"""Makes TensorRT plugins of operators: class-based ones (`IPluginV3`), which TensorRT 10 and 11 and TensorRT for RTX all have.
 
-Registered once a process, because TensorRT's registry is one a process. The ONNX node of operator `DeformConv` is `DynaMaskDeformConv`.
+They are registered once in a process, because TensorRT has one registry in a process. The ONNX node of operator `DeformConv` is
+`DynaMaskDeformConv`.
 """
 
 from __future__ import annotations
@@ -25,31 +26,31 @@ VERSION = "1"
 NAMESPACE = ""
 
 Launcher = Callable[[Launch, Sequence[int], Sequence[int], int, int], None]
-"""Puts one launch on a stream: the launch, addresses of the inputs, of the outputs and of the workspace, handle of the stream.
+"""Enqueues a launch: called with the launch, the addresses of inputs, outputs and workspace, and the handle of the stream.
 
-It is called from `enqueue`, on the hot path, with the same `Launch` object again and again for the same shapes.
+`enqueue` calls it in every frame, with the same `Launch` object for the same shapes.
 """
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Plugins:
-    """This project's plugins in one TensorRT module, and what went wrong in them."""
+    """This project's plugins in one TensorRT module, and the exceptions that they raised."""
 
     def __init__(self, trt: TensorRT) -> None:
         self.trt = trt
         self.launcher: Launcher | None = None
-        """Taken by the plugins that are created from now on; those of an engine keep what they were created with."""
+        """The launcher of plugins that are created from now on; existing plugins keep theirs."""
         self._failures: dict[int | None, list[BaseException]] = {None: []}
-        """What the plugins' callbacks raised, by thread inside `raising`; None for the other threads, TensorRT's own. TensorRT prints such
-        exceptions and goes on, or fails later with words of its own."""
+        """Exceptions of the plugins' callbacks, by thread inside `raising`; under None, those of other threads, which TensorRT starts.
+        TensorRT prints such exceptions and goes on, or fails later with another message."""
         self.creators: dict[str, tensorrt.IPluginCreatorV3One] = {}
-        """By operator. TensorRT keeps pointers to them, nothing more."""
-        # The registry writes to the logger of the oldest builder or runtime of the process, dead or alive; so that is this one.
+        """By operator. TensorRT keeps only pointers to them."""
+        # The registry writes to the logger of the process's first builder or runtime, even after its end; so make one that stays.
         self._logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
         self._runtime = trt.Runtime(self._logger)
 
     def add(self, operator: type[Operator]) -> None:
-        """Register an operator's plugin; one of that name that is registered already stays."""
+        """Register an operator's plugin, unless it is registered already."""
         if operator.name not in self.creators:
             creator = _creator(self, operator)
             if not self.trt.get_plugin_registry().register_creator(creator, NAMESPACE):
@@ -58,9 +59,9 @@ class Plugins:
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Parse, build, deserialise or run in here: the first failure of a plugin inside is raised, whatever TensorRT made of it.
+        """Raise the first exception of a plugin in this block, in which TensorRT parses, builds, deserialises or runs.
 
-        Engines may run in threads of their own: each sees its own failures, and those of TensorRT's threads, which belong to nobody.
+        Each thread sees the exceptions of its own calls, and those of the threads that TensorRT starts.
         """
         thread = threading.get_ident()
         self._failures[thread] = []
@@ -70,11 +71,11 @@ class Plugins:
         finally:
             failures = self._failures.pop(thread) + self._failures[None]
             if failures:
-                # In place of the caller's own "the engine was not built", which says less.
+                # It replaces the caller's exception, "the engine was not built", which says less.
                 raise failures[0]
 
     def note(self, failure: BaseException) -> None:
-        """Keep what a callback raised."""
+        """Keep an exception that a callback raised."""
         thread = threading.get_ident()
         self._failures[thread if thread in self._failures else None].append(failure)
 
@@ -83,15 +84,15 @@ _REGISTERED: dict[str, Plugins] = {}
 
 
 def register(trt: TensorRT, launcher: Launcher | None = None, operators: Iterable[type[Operator]] | None = None) -> Plugins:
-    """Make TensorRT know the plugins of the operators, by default of all in `registry.OPERATORS`; again only sets the launcher.
+    """Register the operators' plugins with TensorRT, and set the launcher of the plugins that are created from now on.
 
-    Call it before anything else is made of `trt`: a builder or runtime that was made first and is gone would be written to.
+    Call it before any builder or runtime is created: TensorRT logs to the first one of the process, even when that one is gone.
 
     Args:
         trt: from `trt_plugins.tensorrt.load`.
-        launcher: what the plugins created from now on launch kernels with; None where engines are built and never run.
-            The full TensorRT may run plugins while it builds, to time them.
-        operators: others than this package's, for tests.
+        launcher: launches the kernels of plugins; None if plugins never run. TensorRT runs plugins while it builds, to time them; TensorRT
+            for RTX does not.
+        operators: all of `registry.OPERATORS` by default.
 
     Raises:
         DynaMaskError: TensorRT has other plugins of these names.
@@ -110,7 +111,7 @@ def _types(trt: TensorRT) -> Mapping[tensorrt.DataType, DType]:
 
 
 def _recorded(method: Method) -> Method:
-    """A callback whose exceptions are noted, for `Plugins.raising`, before TensorRT swallows them."""
+    """A callback whose exceptions are kept for `Plugins.raising`, before TensorRT hides them."""
 
     @functools.wraps(method)
     def callback(self: Any, *arguments: Any) -> Any:
@@ -148,7 +149,7 @@ def _creator(plugins: Plugins, operator_class: type[Operator]) -> tensorrt.IPlug
 
 
 class _Fields:
-    """An operator's attributes as TensorRT's fields, which point into this: it must live as long as they do."""
+    """An operator's attributes as TensorRT's fields, which point into this object: it must live as long as they do."""
 
     def __init__(self, trt: TensorRT, operator: type[Operator], values: Mapping[str, Any]) -> None:
         # The types are those in which the ONNX parser gives attributes.
@@ -167,8 +168,10 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
     interfaces = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class Plugin(*interfaces):  # type: ignore[misc]
-        """TensorRT's calls, in the order in which they come. `clone` and `supports_format_combination` must not raise: TensorRT 1.7 for
-        RTX corrupts its memory then."""
+        """The methods that TensorRT calls, in the order of its calls.
+
+        `clone` and `supports_format_combination` must not raise: TensorRT 1.7 for RTX would corrupt its memory.
+        """
 
         def __init__(self, plugins: Plugins, operator: Operator) -> None:
             for interface in interfaces:
@@ -181,7 +184,7 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
             self.operator = operator
             self.launcher = plugins.launcher
             self.fields = _Fields(trt, operator_class, operator.values)
-            # Clones share these, as they share what decides them.
+            # Clones share these: they depend on the operator alone.
             self.input_types: list[DType] = []
             self.launches: dict[tuple[tuple[int, ...], ...], list[Launch]] = {}
 
@@ -204,7 +207,7 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
         ) -> list[tensorrt.DimsExprs]:
             dimensions = [list(cast(Iterable["tensorrt.IDimensionExpr"], dims)) for dims in inputs]
             known = [tuple(size.get_constant_value() if size.is_constant() else None for size in dims) for dims in dimensions]
-            # TensorRT asks for the types first: what does not fit is refused while the graph is parsed.
+            # TensorRT asks for the types first, so that wrong inputs are refused while the graph is parsed.
             self.operator.check_inputs([TensorSpec(shape, dtype) for shape, dtype in zip(known, self.input_types, strict=True)])
             shapes = self.operator.output_shapes(dimensions)
             declared: dict[int, tensorrt.IDimensionExpr] = {}
@@ -248,11 +251,11 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
             stream: int,
         ) -> None:
             if self.launcher is None:
-                raise DynaMaskError(f"{self.operator.node} cannot run: its plugin was registered without a launcher, to build with.")
+                raise DynaMaskError(f"{self.operator.node} cannot run: its plugin was registered without a launcher.")
             shapes = tuple(sizes(desc.dims) for desc in input_desc)
             if shapes not in self.launches:
                 specs = [TensorSpec(shape, _name(desc.type)) for shape, desc in zip(shapes, input_desc, strict=True)]
-                # Not output_desc: the room for a data-dependent output is its upper bound, which TensorRT does not promise to say.
+                # Not output_desc: TensorRT does not promise to give the upper bound of a data-dependent output there.
                 launches = self.operator.launches(specs, self.operator.max_output_specs(specs))
                 self.launches[shapes] = [launch for launch in launches if 0 not in launch.grid]
             for launch in self.launches[shapes]:
@@ -270,7 +273,7 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
             return builder.operation(trt.DimensionOperation.PROD, size.size, builder.constant(size.factor))
         if not isinstance(size, DataDependent):
             return size
-        if size.size_output not in declared:  # Declared once, however many outputs have it.
+        if size.size_output not in declared:  # Once, even if several outputs have this size.
             upper = _dimension(size.upper, declared, builder)
             likely = builder.operation(trt.DimensionOperation.CEIL_DIV, upper, builder.constant(2))
             declared[size.size_output] = builder.declare_size_tensor(size.size_output, likely, upper)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from trt_plugins.operator import Operator
 
 PREFIX = "DynaMask"
-"""What a TensorRT plugin and its ONNX node are called before the operator's name, so that no parser takes them for its own."""
+"""The prefix of the names of TensorRT plugins and ONNX nodes, so that no parser uses its own operator instead."""
 DOMAIN = "dynamask"
 """The domain of these ONNX nodes."""
 

@@ -1,9 +1,9 @@
 """Times the kernels on an NVIDIA GPU, beside torchvision's operators and inside the mask branch, at the sizes of the preset r50.
 
-How: a contender's calls are captured in a CUDA graph often enough for a replay to last `LEAST_MS`, and a run is one replay between two
+How: a contender's calls are captured in a CUDA graph often enough for a replay to last `MIN_REPLAY_MS`, and a run is one replay between two
 events, from an idle GPU; so neither Python nor launches are measured. Contenders that read sizes back in Python cannot be captured: their
 runs are calls between two events, with all that Python costs ("calls"). Contenders of a case take turns, in an order that rotates, and
-calls go through as many sets of inputs as the GPU's cache cannot hold, up to `MOST_SETS`: what is smaller, or has one set, stays in it,
+calls go through as many sets of inputs as the GPU's cache cannot hold, up to `MAX_SETS`: what is smaller, or has one set, stays in it,
 as it does in an engine.
 
 Like `trt_plugins.on_torch`, this needs PyTorch and Triton; engines do not use it.
@@ -63,9 +63,9 @@ SCORE_THRESHOLD = 0.05
 KERNEL = "kernel"
 """The contender that a case's others are compared with."""
 ROUTED, LARGEST = "mask branch, routed", "mask branch, all at 112"
-LEAST_MS = 2.0
+MIN_REPLAY_MS = 2.0
 """A replay's length: what it costs to start one, some microseconds, is then lost in it."""
-MOST_SETS = 16
+MAX_SETS = 16
 PRECISIONS = (torch.float16, torch.float32)
 
 PLAIN = DeformConv(strides=(1, 1), pads=(1, 1, 1, 1), dilations=(1, 1), offset_group=1)
@@ -216,8 +216,8 @@ def routed_over_largest(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
 
 
 def input_sets(size: int, cache: int) -> int:
-    """How many sets of `size` bytes, inputs and outputs, a cache of so many bytes cannot hold, twice over; at most `MOST_SETS`."""
-    return min(max(-(-2 * cache // size), 1), MOST_SETS)
+    """How many sets of `size` bytes, inputs and outputs, a cache of so many bytes cannot hold, twice over; at most `MAX_SETS`."""
+    return min(max(-(-2 * cache // size), 1), MAX_SETS)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -318,7 +318,7 @@ def _batch(contender: Contender) -> Batch:
     if not contender.graph:
         return Batch(lambda: [call() for call in contender.calls], len(contender.calls))
     once = _captured(contender.calls)
-    repeats = max(1, math.ceil(LEAST_MS / statistics.median(_elapsed_ms(once) for _ in range(5))))
+    repeats = max(1, math.ceil(MIN_REPLAY_MS / statistics.median(_elapsed_ms(once) for _ in range(5))))
     return Batch(_captured(list(contender.calls) * repeats), len(contender.calls) * repeats)
 
 

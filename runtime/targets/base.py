@@ -1,4 +1,4 @@
-"""What every target has in common: an engine is opened, run on canvases, and closed."""
+"""The interfaces of targets and engines, and what an engine returns."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class EngineOutput:
     """`detector` and `masks`, milliseconds."""
 
     def per_image(self, count: int) -> list[EngineOutput]:
-        """What each of the run's `count` images has, slots from 0 on; its `times_ms` are its share of the run's, one over `count`."""
+        """The output of each of the run's `count` images, with slots from 0 on. Each gets an equal share of the run's `times_ms`."""
         slots = len(self.scores) // count
         times_ms = {part: ms / count for part, ms in self.times_ms.items()}
         return [self._rows(slots * image, slots * (image + 1), times_ms) for image in range(count)]
@@ -65,7 +65,7 @@ class Engine(Protocol):
     target: str
     manifest: Manifest
     profile: Profile
-    """What one run takes; fewer images than its least do no harm."""
+    """The batches and canvases that a run takes; fewer images than the minimum are allowed."""
 
     def __enter__(self) -> Engine: ...
 
@@ -83,7 +83,7 @@ class Engine(Protocol):
             image: `[B, 3, H, W] float32`, normalised canvases, as many and as large as the profile has.
             budget_gmacs: the largest mean cost of an instance's mask over all images of the run, in GMAC; None or 0 sets no limit.
             grid_override: one value for all slots or `[B * K]`.
-            min_score: what scores this or less is left out before the mask branch.
+            min_score: detections with this score or less are dropped before the mask branch.
 
         Raises:
             InputError: no such input, more images or another canvas than the profile has, overrides for another number of slots, or
@@ -122,19 +122,19 @@ class Target(Protocol):
 
 
 def check_fits(shape: Sequence[int], profile: Profile, bundle: Path, target: str) -> None:
-    """Whether the engine of a bundle for a target, with its profile, takes an input of this shape.
+    """Check that the engine of a bundle for a target, with this profile, takes an input of this shape.
 
     Raises:
-        InputError: it is no `[B, 3, H, W]`, more images than the profile has, or a canvas outside of it.
+        InputError: the shape is not `[B, 3, H, W]`, has more images than the profile, or a canvas outside of it.
     """
-    images, least, most = profile.batch[-1], profile.canvas[0], profile.canvas[-1]
+    images, smallest, largest = profile.batch[-1], profile.canvas[0], profile.canvas[-1]
     batched = len(shape) == 4 and 1 <= shape[0] <= images and shape[1] == 3
-    if batched and all(low <= side <= high and side % 32 == 0 for side, low, high in zip(shape[2:], least, most, strict=True)):
+    if batched and all(low <= side <= high and side % 32 == 0 for side, low, high in zip(shape[2:], smallest, largest, strict=True)):
         return
-    sizes = " to ".join(dict.fromkeys(f"{height}x{width}" for height, width in (least, most)))
+    sizes = " to ".join(dict.fromkeys(f"{height}x{width}" for height, width in (smallest, largest)))
     raise InputError(
-        f"The engine for {target} of {bundle} takes [B, 3, H, W] with B up to {images} and HxW of {sizes}, multiples of 32, and no "
-        f"{list(shape)}; give it such, or build one that takes more with dynamask build-engine {bundle} "
+        f"The engine for {target} of {bundle} takes [B, 3, H, W] with B up to {images} and HxW of {sizes}, multiples of 32, not "
+        f"{list(shape)}; give such an input, or build another engine with dynamask build-engine {bundle} "
         f"--target {'tensorrt-rtx' if target == 'onnxruntime' else target}, --batch and --size."
     )
 

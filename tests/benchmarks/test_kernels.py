@@ -101,7 +101,7 @@ class _CPU(TorchFunctionMode):
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small sizes, and the CPU in the GPU's place."""
-    sizes = {"CANVAS": (64, 64), "PYRAMID_CHANNELS": 8, "ANCHOR_SIZES": (8, 16, 24, 32, 40), "CLASSES": 3, "PROPOSALS": 12, "MOST_SETS": 2}
+    sizes = {"CANVAS": (64, 64), "PYRAMID_CHANNELS": 8, "ANCHOR_SIZES": (8, 16, 24, 32, 40), "CLASSES": 3, "PROPOSALS": 12, "MAX_SETS": 2}
     for name, value in sizes.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 30))

@@ -170,8 +170,8 @@ def test_onnx_runtime_takes_one_image_on_its_canvas(predictor, bundle):
         with pytest.raises(InputError) as refused:
             predictor.engine.run(np.zeros(shape, np.float32))
         assert str(refused.value) == (
-            f"The engine for onnxruntime of {bundle.path} takes [B, 3, H, W] with B up to 1 and HxW of 64x64, multiples of 32, and no "
-            f"{list(shape)}; give it such, or build one that takes more with dynamask build-engine {bundle.path} --target tensorrt-rtx, "
+            f"The engine for onnxruntime of {bundle.path} takes [B, 3, H, W] with B up to 1 and HxW of 64x64, multiples of 32, not "
+            f"{list(shape)}; give such an input, or build another engine with dynamask build-engine {bundle.path} --target tensorrt-rtx, "
             "--batch and --size."
         )
 

@@ -1,4 +1,4 @@
-"""Deformable convolution as an implicit GEMM: sampled values are blended in registers and multiplied at once, never stored."""
+"""Deformable convolution as an implicit GEMM: sampled values are interpolated in registers and multiplied at once, never stored."""
 
 # mypy: ignore-errors
 # Triton's language is untyped.
@@ -21,7 +21,7 @@ def pack_weight(
 ):
     """Weight `[OUTPUTS, GROUPS, GROUP_CHANNELS, TAPS]` to `[GROUPS, TAPS, PADDED_CHANNELS, PADDED_OUTPUTS]`, zeros in the padding.
 
-    As it comes, consecutive channels of a tap lie TAPS items apart; packed, `deform_conv` loads its tiles 16 bytes at a time.
+    Unpacked, consecutive channels of a tap are TAPS items apart; packed, `deform_conv` loads its tiles 16 bytes at a time.
     """
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     output = item % PADDED_OUTPUTS
@@ -95,8 +95,8 @@ def deform_conv(
         column = tl.load(offsets + (sample * 2 + 1) * PIXELS, mask=inside, other=0.0).to(tl.float32)
         row += (pixel // OUT_WIDTH * STRIDE_Y - PAD_Y + tap // KERNEL_WIDTH * DILATION_Y).to(tl.float32)
         column += (pixel % OUT_WIDTH * STRIDE_X - PAD_X + tap % KERNEL_WIDTH * DILATION_X).to(tl.float32)
-        # The 2 x 2 block of the map that is nearest to the position, each of its pixels weighted by the tent max(0, 1 - distance) in
-        # both directions: bilinear interpolation, zeros beyond the border included, without a test for it on every load.
+        # The 2 x 2 block of the map nearest to the position, each pixel weighted by max(0, 1 - distance) in both directions: bilinear
+        # interpolation with zeros beyond the border, without a test of the border at each load.
         top = tl.floor(tl.minimum(tl.maximum(row, 0.0), HEIGHT - 2.0))
         left = tl.floor(tl.minimum(tl.maximum(column, 0.0), WIDTH - 2.0))
         top_share = tl.maximum(1.0 - tl.abs(row - top), 0.0)

@@ -1,4 +1,4 @@
-"""The operator DeformConv: what it takes and gives, and how it is cut into programs."""
+"""The operator DeformConv: inputs, outputs, kernels, launches and tiling."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelS
 INPUTS = ("x", "weight", "offset", "bias", "mask")
 MODULE = "trt_plugins.deform_conv.kernel"
 BLOCK_C = 16
-"""Channels sampled at a time: the least that a tensor core takes. More costs registers, and with them warps that hide the gather."""
+"""Channels sampled at a time: the minimum of a tensor core. More would need more registers, and leave fewer warps to hide the gather."""
 PACK_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one instance's `[pixels, channels] x [channels, outputs]` products are cut into programs."""
+    """How the product `[pixels, channels] x [channels, outputs]` of an instance is divided into programs."""
 
     block_p: int
     block_o: int
@@ -26,18 +26,18 @@ class Tiling:
 
 
 def tiling(outputs: int, dtype: DType) -> Tiling:
-    """The tile for so many outputs.
+    """The tile for a number of outputs.
 
-    A program takes all outputs where it can, because every further block of them samples the input anew; its sums are 64 a thread at
-    most, which leaves registers for the samples in flight. That is 256 outputs, or 128 in float32, whose tile would not fit into 48 KB
-    of shared memory on its way out. Few outputs leave room for more pixels, which share the weights that a program reads.
+    A program computes all outputs if it can, because each further block of outputs samples the input again. A thread holds at most 64
+    sums, which leaves registers for the samples being loaded. That is 256 outputs, or 128 in float32, because a larger float32 tile does
+    not fit 48 KB of shared memory when it is stored. With few outputs a program computes more pixels, which share the weights.
     """
     block_o = min(max(_power_of_two(outputs), 8), 256 if dtype == "float16" else 128)
     return Tiling(block_p=128 if block_o <= 64 else 64, block_o=block_o, num_warps=8 if block_o > 128 else 4)
 
 
 class DeformConv(Operator):
-    """Deformable convolution, version 1 (Dai et al., ICCV 2017) or 2, with a mask (Zhu et al., CVPR 2019), and a ReLU if asked for.
+    """Deformable convolution, version 1 (Dai et al., ICCV 2017) or 2, with a mask (Zhu et al., CVPR 2019), and an optional ReLU.
 
     Inputs, all float32 or all float16: x `[n, C, H, W]`, H and W at least 2; weight `[O, C, kh, kw]`; offset `[n, 2 * G * kh * kw, Ho, Wo]`
     in pixels of x, (dy, dx) for each tap in row order, as torchvision's; bias `[O]`; for version 2 mask `[n, G * kh * kw, Ho, Wo]`.
@@ -121,9 +121,7 @@ class DeformConv(Operator):
             rank = 1 if name == "bias" else 4
             fixed = spec.shape[name in ("x", "offset", "mask") :]
             if len(spec.shape) != rank or not all(fixed):
-                raise self.refuse(
-                    f"{name} is {_text(spec.shape)}; give {rank} sizes above 0, of which the number of instances alone may vary"
-                )
+                raise self.refuse(f"{name} is {_text(spec.shape)}; give {rank} sizes above 0, and only the number of instances may vary")
 
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
         """y's type is that of x."""

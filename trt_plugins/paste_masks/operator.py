@@ -1,4 +1,4 @@
-"""PasteMasks: what it takes and gives, and its launch."""
+"""The operator PasteMasks: inputs, outputs, kernel and launch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class PasteMasks(Operator):
     Bit b of word w of row r is pixel `(r, 32 w + b)` of the frame, `height x width` pixels (attributes); boxes are xyxy in its pixels.
     The probabilities are sampled as in `runtime.paste.mask_crop`, in fp32; logits are float32 or float16.
 
-    No engine has it yet: it is for after one, where the frame's size is known, and waits to be measured against the host
-    (docs/results/tensorrt.md).
+    No engine contains it: it would run after an engine, where the frame's size is known. Whether it is faster than the host has not been
+    measured on a GPU yet (docs/results/tensorrt.md).
     """
 
     name = "PasteMasks"
@@ -42,7 +42,7 @@ class PasteMasks(Operator):
             InputError: names the node and the input.
         """
         if len(inputs) != 2:
-            raise self.refuse(f"it has {len(inputs)} inputs; it takes the logits and the boxes")
+            raise self.refuse(f"it has {len(inputs)} inputs; give the logits and the boxes")
         logits, boxes = inputs
         square = len(logits.shape) == 3 and logits.shape[1] is not None and logits.shape[1] == logits.shape[2]
         if not square or logits.dtype not in ("float32", "float16"):
@@ -59,7 +59,7 @@ class PasteMasks(Operator):
         return [[inputs[0][0], self.values["height"], -(-self.values["width"] // 32)]]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """One a grid, whatever the frame and the number of instances."""
+        """One for each grid, for all frames and numbers of instances."""
         signature = (
             ("logits", "*" + TRITON_TYPES[inputs[0].dtype]),
             ("boxes", "*fp32"),
@@ -71,7 +71,7 @@ class PasteMasks(Operator):
         return [KernelSpec("trt_plugins.paste_masks.kernel", "paste_masks", signature, constants)]
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """One, of a program for each block of words of each instance."""
+        """One launch, with a program for each block of words of each instance."""
         instances, height, words = (outputs[0].size(axis) for axis in range(3))
         blocks = -(-height // BLOCK_ROWS) * -(-words // BLOCK_WORDS)
         arguments = (Buffer("input", 0), Buffer("input", 1), Buffer("output", 0), height, self.values["width"])

@@ -1,4 +1,4 @@
-"""Proposals: what it takes and gives, and its launches."""
+"""The operator Proposals: inputs, outputs, kernels and launches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Proposals(Operator):
     outputs = ("proposals", "count")
 
     def check_attributes(self) -> None:
-        """Refuse values that make no sense together.
+        """Refuse attribute values that are out of range or do not fit each other.
 
         Raises:
             InputError: not 5 positive strides, a number of boxes out of range.
@@ -88,7 +88,7 @@ class Proposals(Operator):
                 raise self.refuse(f"{kind} of level {level} are {spec.dtype}; give float32 or float16, the same for all maps")
 
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
-        """fp32 boxes, and how many count."""
+        """float32 boxes, and int32 counts."""
         return ["float32", "int32"]
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
@@ -97,12 +97,12 @@ class Proposals(Operator):
         return [[times(images, self.values["proposals"]), 4], [images]]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """Six, whatever the sizes of the maps; where these are small, one of them is not launched."""
+        """Six, for all sizes of the maps; if these are small, `select` is not launched."""
         k = self.values["per_level"]
         return [self._select(inputs), self._decode(inputs), *Selection(LEVELS, k, k, groups=1).kernels(), self._merge()]
 
     def workspace(self, inputs: Sequence[TensorSpec]) -> Workspace:
-        """Candidates, the best of each level of each image, and which of these overlap."""
+        """Candidates, the best of each level of each image, and their overlaps."""
         return self._selection(inputs).workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
@@ -134,7 +134,7 @@ class Proposals(Operator):
         ]
 
     def _selection(self, inputs: Sequence[TensorSpec]) -> Selection:
-        # A level with fewer anchors than k fills up with EMPTY: kernels do not depend on the canvas.
+        # A level with fewer anchors than k is padded with EMPTY, so that kernels do not depend on the canvas.
         k, images = self.values["per_level"], inputs[0].size(0)
         anchors = max(math.prod(spec.size(axis) for axis in (1, 2, 3)) for spec in inputs[:LEVELS])
         return Selection(rows=LEVELS * images, width=chunks(anchors, k) * k, k=k, groups=1)

@@ -1,4 +1,4 @@
-"""RoIAlign's kernel: each program makes one block of bins of one RoI, for one block of channels."""
+"""RoIAlign's kernel: each program computes one block of bins of one RoI, for one block of channels."""
 
 # mypy: ignore-errors
 # Triton's language is untyped.
@@ -47,7 +47,7 @@ def roi_align(
 ):
     """`regions [n, CHANNELS, SIZE, SIZE]` of `rois [n, 4]` from `x_l [B, CHANNELS, height_l, width_l]`, l < LEVELS.
 
-    A RoI's image is its place // PER_IMAGE, the first where that is 0; its place is that in `places [n]` if PLACED, else in `rois`.
+    A RoI's image is its place // PER_IMAGE, or image 0 if PER_IMAGE is 0; its place is in `places [n]` if PLACED, else its row in `rois`.
     The grid is flat: blocks of bins within blocks of channels within RoIs, so that neighbours read the same part of a map.
     """
     BINS: tl.constexpr = SIZE * SIZE

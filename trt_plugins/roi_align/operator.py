@@ -1,4 +1,4 @@
-"""RoiAlign: what it takes and gives, and its launch."""
+"""The operator RoiAlign: inputs, outputs, kernel and launch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, alike
 
-MOST_LEVELS = 5
+MAX_LEVELS = 5
 BLOCK_BINS, BLOCK_ITEMS = 32, 512
-"""Bins, and items in all, that a program makes at most: a lane has one bin, whose weights serve its channels, in 64 registers."""
+"""The most bins, and items in all, of a program: a lane computes one bin for several channels with the same weights, in 64 registers."""
 
 
 class RoiAlign(Operator):
@@ -22,8 +22,8 @@ class RoiAlign(Operator):
     With `per_image` above 0, RoI i is of image `i // per_image` or, with a last input `places [n] int64`, of image
     `places[i] // per_image`. With 0, all RoIs are of the one image that the maps hold.
 
-    Several maps are consecutive levels from P2 on, and a RoI's is `floor(4 + log2(sqrt(w h) / canonical_size))`, held to those there
-    are (Lin et al., CVPR 2017, Eq. 1); `canonical_size` is in pixels.
+    Several maps are consecutive levels from P2 on. The level of a RoI is `floor(4 + log2(sqrt(w h) / canonical_size))`, clamped to these
+    levels (Lin et al., CVPR 2017, Eq. 1); `canonical_size` is in pixels.
     """
 
     name = "RoiAlign"
@@ -38,14 +38,14 @@ class RoiAlign(Operator):
     outputs = ("regions",)
 
     def check_attributes(self) -> None:
-        """Refuse values that make no sense together.
+        """Refuse attribute values that are out of range or do not fit each other.
 
         Raises:
             InputError: a size that is not positive, more than 5 strides, several levels and no canonical size, or a negative `per_image`.
         """
         strides = self.values["strides"]
-        if not 1 <= len(strides) <= MOST_LEVELS or min(strides) < 1:
-            raise self.refuse(f"strides is {list(strides)}; give one to {MOST_LEVELS}, pixels a cell of each map")
+        if not 1 <= len(strides) <= MAX_LEVELS or min(strides) < 1:
+            raise self.refuse(f"strides is {list(strides)}; give one to {MAX_LEVELS}, pixels a cell of each map")
         for name in ("size", "samples"):
             if self.values[name] < 1:
                 raise self.refuse(f"{name} is {self.values[name]}; give 1 or more")
@@ -54,7 +54,7 @@ class RoiAlign(Operator):
         if len(strides) > 1 and not self.values["canonical_size"] > 0:
             raise self.refuse(f"canonical_size is {self.values['canonical_size']}; {len(strides)} levels need one, in pixels")
         if self.values["per_image"] < 0:
-            raise self.refuse(f"per_image is {self.values['per_image']}; give 0 for one image, or how many places each has")
+            raise self.refuse(f"per_image is {self.values['per_image']}; give 0 for one image, or the number of places of an image")
 
     def check_inputs(self, inputs: Sequence[TensorSpec]) -> None:
         """Refuse inputs whose number, rank, sizes or types do not fit.
@@ -90,15 +90,15 @@ class RoiAlign(Operator):
         return [[inputs[len(self.values["strides"])][0], inputs[0][1], self.values["size"], self.values["size"]]]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """One, whatever the sizes of the maps, and the number of images and of RoIs."""
+        """One, for all sizes of the maps and all numbers of images and RoIs."""
         values, levels = self.values, len(self.values["strides"])
         kind = "*" + TRITON_TYPES[inputs[0].dtype]
         channels = inputs[0].size(1)
         block_channels, block_bins = self._block(channels)
         placed = len(inputs) > levels + 1
-        signature = [(f"x{level}", kind) for level in range(MOST_LEVELS)]
+        signature = [(f"x{level}", kind) for level in range(MAX_LEVELS)]
         signature += [("rois", "*fp32"), ("places", "*i64" if placed else "*fp32"), ("regions", kind)]
-        signature += [(f"{side}{level}", "i32") for level in range(MOST_LEVELS) for side in ("height", "width")]
+        signature += [(f"{side}{level}", "i32") for level in range(MAX_LEVELS) for side in ("height", "width")]
         constants: list[tuple[str, int | float | bool]] = [("PER_IMAGE", values["per_image"]), ("PLACED", placed), ("LEVELS", levels)]
         constants += [(f"SCALE{level}", 1.0 / stride) for level, stride in enumerate(_fill(values["strides"]))]
         constants += [
@@ -113,14 +113,14 @@ class RoiAlign(Operator):
         return [KernelSpec("trt_plugins.roi_align.kernel", "roi_align", tuple(signature), tuple(constants))]
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """One, of a program for each block of bins and channels of each RoI."""
+        """One launch, with a program for each block of bins and channels of each RoI."""
         levels = len(self.values["strides"])
         maps, rois = inputs[:levels], inputs[levels]
         channels = maps[0].size(1)
         block_channels, block_bins = self._block(channels)
         blocks = -(-channels // block_channels) * -(-(self.values["size"] ** 2) // block_bins)
         pointers = _fill([Buffer("input", index) for index in range(levels)])
-        # Without places the RoIs stand for them, and nobody reads them there.
+        # Without places the kernel gets a pointer to the RoIs, which it does not read.
         boxes = Buffer("input", levels), Buffer("input", len(inputs) - 1)
         sizes = [spec.size(axis) for spec in _fill(maps) for axis in (2, 3)]
         arguments = (*pointers, *boxes, Buffer("output", 0), *sizes)
@@ -133,8 +133,8 @@ class RoiAlign(Operator):
 
 
 def _fill(levels: Sequence[Any]) -> list[Any]:
-    """The kernel has arguments for the most levels: those there are not repeat the last, and are never chosen."""
-    return [*levels, *[levels[-1]] * (MOST_LEVELS - len(levels))]
+    """The kernel has arguments for `MAX_LEVELS` levels: the last one fills the rest, which are never chosen."""
+    return [*levels, *[levels[-1]] * (MAX_LEVELS - len(levels))]
 
 
 def _power_of_two(size: int) -> int:

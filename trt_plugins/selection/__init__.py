@@ -1,4 +1,4 @@
-"""What choosing proposals and choosing detections share: exact top-k, box decoding and non-maximum suppression, in a few launches."""
+"""Exact top-k, box decoding and non-maximum suppression, which `Proposals` and `Detections` share."""
 
 from trt_plugins.selection.selection import Selection
 

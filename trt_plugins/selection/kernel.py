@@ -1,8 +1,8 @@
-"""Kernels that choose boxes: exact top-k, decoding, non-maximum suppression. No atomics: the same input gives the same bits.
+"""Kernels that select boxes: exact top-k, decoding, non-maximum suppression. No atomics: the same input gives the same bits.
 
-A *row* is an independent set of candidates (one level, or all classes, of one image). A candidate is an `int32` key, which
-orders as its score does, and an `int32` index, its place in the row's scores; a place without candidate has the key EMPTY. Of equal
-keys, the one that stands first counts as the better one, and candidates stand by rising index until they are ranked.
+A *row* is an independent set of candidates (one level, or all classes, of one image). A candidate is an `int32` key, which has the order
+of the scores, and an `int32` index, its place in the row's scores. A place without a candidate has the key EMPTY. Of equal keys, the first
+one is better; candidates are in the order of their indices until they are ranked.
 """
 
 # mypy: ignore-errors
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 EMPTY = tl.constexpr(-(2**31))
-"""Below the key of every score."""
+"""Less than the key of any score."""
 MAX_LOG_SCALE = tl.constexpr(4.135166556742356)
-"""log(1000 / 16): what torchvision's BoxCoder limits dw and dh to."""
+"""log(1000 / 16): the limit of dw and dh in torchvision's BoxCoder."""
 
 
 @triton.jit
@@ -26,13 +26,13 @@ def score_key(score):
 
 @triton.jit
 def key_score(key):
-    """Keys -> the fp32 scores that they were made of."""
+    """Keys -> the fp32 scores that they were computed from."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def best_places(key, k):
-    """Which of `key [CHUNK]` are its k best, k <= CHUNK < 2**15, and their places when these close up in the order in which they stand.
+    """A mask of the k best of `key [CHUNK]`, k <= CHUNK < 2**15, and their places once they are packed without gaps, in the same order.
 
     The k-th largest key is found bit by bit, from the highest.
     """
@@ -66,8 +66,8 @@ def select(keys, indices, best_keys, best_indices, width, k, CHUNK: tl.constexpr
 
 @triton.jit
 def rank(keys, width, place, key, BLOCK: tl.constexpr):
-    """How many of `keys [width]` are better than the candidates `key` at `place`, which is their place once sorted. Places from `width` on
-    keep theirs."""
+    """The number of `keys [width]` that are better than the candidate `key` at `place`: its place once sorted. Places from `width` on
+    stay as they are."""
     better = tl.zeros([place.shape[0], BLOCK], tl.int32)
     for start in range(0, width, BLOCK):
         other = start + tl.arange(0, BLOCK)
@@ -106,10 +106,10 @@ def load_box(boxes, k, place, mask):
 
 @triton.jit
 def overlaps(boxes, indices, better, k, threshold, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which better boxes of its group each one overlaps: `boxes [rows, 4, k]`, best first -> bits `better [rows, words, k]`.
+    """For each box, the better boxes of its group that it overlaps: `boxes [rows, 4, k]`, best first -> bits `better [rows, words, k]`.
 
     Bit b of word w of box i is set if its IoU with box 32 w + b < i is above the threshold (as in torchvision's nms) and their indices
-    agree modulo GROUPS. Words that begin behind a box are left as they are. Grid (blocks of boxes, words, rows).
+    agree modulo GROUPS. Words whose first box comes after box i are not written. Grid (blocks of boxes, words, rows).
     """
     word, row = tl.program_id(1), tl.program_id(2)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -122,7 +122,7 @@ def overlaps(boxes, indices, better, k, threshold, GROUPS: tl.constexpr, BLOCK: 
         height = tl.minimum(bottom[None, :], other_bottom[:, None]) - tl.maximum(top[None, :], other_top[:, None])
         shared = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
         areas = ((right - left) * (bottom - top))[None, :] + ((other_right - other_left) * (other_bottom - other_top))[:, None]
-        # Two boxes without area share none: 0, not 0 / 0.
+        # The IoU of two boxes without area is 0, not 0 / 0.
         iou = tl.div_rn(shared, tl.maximum(areas - shared, 1e-30))
         hit = (iou > threshold) & (first + bit[:, None] < place[None, :])
         if GROUPS > 1:
@@ -144,9 +144,9 @@ def _pack(bits, bit):
 def suppress(keys, better, kept_keys, kept_counts, k, words, WORDS: tl.constexpr):
     """Greedy NMS: `keys [rows, k]`, best first, and `overlaps`' bits -> `kept_keys [rows, k]`, EMPTY where not kept, and how many are.
 
-    One program a row, 32 boxes at a time: those that no kept box of earlier words overlaps are free; among them, the greedy choice is the
-    only fixed point of "free, and no kept better box overlaps it", reached from "all free" in as many steps as its longest chain, 32 at
-    most. The next 32 boxes are fetched meanwhile. WORDS is `words`, k / 32 rounded up, rounded up to a power of two.
+    One program a row, 32 boxes at a time. Boxes that no kept box of earlier words overlaps are free. Among them, the greedy choice is the
+    only fixed point of "free, and no kept better box overlaps it"; the iteration from "all free" reaches it in at most 32 steps. The next
+    32 boxes are loaded meanwhile. `words` is k / 32, rounded up, and WORDS the next power of two.
     """
     row = tl.program_id(0)
     bit, word = tl.arange(0, 32), tl.arange(0, WORDS)

@@ -8,24 +8,24 @@ from trt_plugins.operator import Buffer, KernelSpec, Launch, Workspace
 
 KERNELS = "trt_plugins.selection.kernel"
 LARGEST_CHUNK = 2**13
-"""Candidates that one program chooses from, at most: 16 to a thread, for more would leave the registers."""
+"""The most candidates of one program: 16 a thread, because more do not fit the registers."""
 LARGEST_K = LARGEST_CHUNK // 2
 RANKED = 2048
 """Rows up to this width are sorted by comparing all with all; wider rows are first reduced by `top_k`."""
 RANKED_BLOCK = 32
-"""Candidates that a program ranks, ..."""
+"""Candidates that a program ranks."""
 COMPARED_BLOCK = 128
-"""... and how many it compares them with at a time."""
+"""Candidates that it compares them with at a time."""
 OVERLAPS_BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Selection:
-    """`rows` independent sets of `width` candidates: of each, the `k` best are sorted, and NMS keeps some.
+    """`rows` independent sets of `width` candidates: the `k` best of each are sorted, and go through NMS.
 
-    An operator's own kernels write the candidates (`entries`), turn the sorted ones into boxes (`ranked` -> `boxes`, `best_keys`,
-    `best_indices`) and write its outputs from those that were kept (`kept_keys`, `kept_counts`). Boxes whose indices agree modulo
-    `groups` suppress one another. `workspace` is the scratch memory for all of it.
+    An operator's own kernels write the candidates (`entries`), sort and decode them (`ranked` -> `boxes`, `best_keys`, `best_indices`),
+    and write the outputs from the kept ones (`kept_keys`, `kept_counts`). NMS compares boxes whose indices agree modulo `groups`.
+    `workspace` is the scratch memory for all of this.
     """
 
     rows: int
@@ -50,18 +50,18 @@ class Selection:
 
     @property
     def entries(self) -> tuple[Buffer, Buffer]:
-        """Where the operator writes its candidates' keys and indices, `[rows, width] int32`."""
+        """The buffers for the candidates' keys and indices, `[rows, width] int32`, which the operator writes."""
         return self.part("keys 0"), self.part("indices 0")
 
     @property
     def ranked(self) -> tuple[Buffer, Buffer, int]:
-        """Keys, indices and width of the rows that remain to be sorted, `[rows, width] int32`."""
+        """Keys and indices `[rows, width] int32` that remain to be sorted, and their width."""
         last = len(self.widths) - 1
         return self.part(f"keys {last}"), self.part(f"indices {last}"), self.widths[last]
 
     @property
     def widths(self) -> list[int]:
-        """The rows' width at first and after each round of `select`."""
+        """The rows' width at the start and after each round of `select`."""
         widths = [self.width]
         while widths[-1] > max(RANKED, self.k):
             widths.append(chunks(widths[-1], self.k) * self.k)
@@ -69,31 +69,31 @@ class Selection:
 
     @property
     def words(self) -> int:
-        """32-bit words of a box's overlaps."""
+        """Number of 32-bit words that hold a box's overlaps."""
         return -(-self.k // 32)
 
     @property
     def select(self) -> KernelSpec:
-        """One round of top-k."""
+        """The kernel of one round of top-k."""
         pointers = [(name, "*i32") for name in ("keys", "indices", "best_keys", "best_indices")]
         signature = (*pointers, ("width", "i32"), ("k", "i32"))
         return KernelSpec(KERNELS, "select", signature, (("CHUNK", chunk(self.k)),), num_warps=chunk_warps(self.k))
 
     @property
     def overlaps(self) -> KernelSpec:
-        """Compares the boxes of a row in pairs."""
+        """The kernel that compares the boxes of a row in pairs."""
         signature = (("boxes", "*fp32"), ("indices", "*i32"), ("better", "*i32"), ("k", "i32"), ("threshold", "fp32"))
         return KernelSpec(KERNELS, "overlaps", signature, (("GROUPS", self.groups), ("BLOCK", OVERLAPS_BLOCK)))
 
     @property
     def suppress(self) -> KernelSpec:
-        """Walks through a row, best box first."""
+        """The kernel that keeps or suppresses the boxes of a row, best first."""
         signature = (*((name, "*i32") for name in ("keys", "better", "kept_keys", "kept_counts")), ("k", "i32"), ("words", "i32"))
         words = power_of_two(self.words)
         return KernelSpec(KERNELS, "suppress", signature, (("WORDS", words),), num_warps=max(1, words // 32))
 
     def kernels(self) -> list[KernelSpec]:
-        """Those that `top_k` and `nms` may launch, whatever `rows` and `width`."""
+        """The kernels that `top_k` and `nms` may launch; they do not depend on `rows` and `width`."""
         return [self.select, self.overlaps, self.suppress]
 
     def top_k(self) -> list[Launch]:
@@ -116,12 +116,12 @@ class Selection:
 
 
 def chunk(k: int) -> int:
-    """Candidates that one program takes the `k` best of."""
+    """Candidates of one program, which keeps the `k` best."""
     return min(power_of_two(16 * k), LARGEST_CHUNK)
 
 
 def chunk_warps(k: int) -> int:
-    """Warps of that program."""
+    """Warps of this program."""
     return max(1, chunk(k) // 512)
 
 
@@ -131,5 +131,5 @@ def chunks(width: int, k: int) -> int:
 
 
 def power_of_two(size: int) -> int:
-    """The least power of two that is not below `size`."""
+    """`size`, rounded up to a power of two."""
     return 1 << (size - 1).bit_length()
