@@ -19,10 +19,10 @@ import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
 
-from export.seams import CONTINUE, EXIT, RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
+from export.seams import RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
 from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
-from runtime.graph import DETECTIONS, PYRAMID, SLOTS
+from runtime.graph import CONTINUE, DETECTIONS, EXIT, PYRAMID, SLOTS
 from trt_plugins.msm_route.operator import SIZES
 from trt_plugins.operator import DType, Operator, TensorSpec
 from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX

@@ -11,15 +11,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from runtime.bundle import MODEL
 from runtime.errors import InputError
-from runtime.graph import GRIDS, PYRAMID
+from runtime.graph import CONTINUE, EXIT, PYRAMID
 
 LEVELS = range(5)
 RPN_LOGITS = tuple(f"rpn_logits_{level}" for level in LEVELS)
 RPN_DELTAS = tuple(f"rpn_deltas_{level}" for level in LEVELS)
-CONTINUE = tuple(f"continue_{grid}" for grid in GRIDS[1:])
-"""By grid from 28 on: the instances that continue to its stage, as positions among those of the stage before."""
-EXIT = tuple(f"exit_{grid}" for grid in GRIDS)
-"""By grid: the instances that exit there, as positions among those that run through its stage."""
 DETECTOR_SEAMS = (*PYRAMID, *RPN_LOGITS, *RPN_DELTAS, "proposals", "proposal_count", "box_region", "class_logits", "box_deltas")
 MASK_SEAMS = ("slots", "mask_boxes", "mask_overrides", "region", "msm_logits", *CONTINUE, *EXIT)
 FACTS = "dynamask"

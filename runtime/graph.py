@@ -19,6 +19,10 @@ DETECTIONS = ("boxes", "scores", "labels")
 """The other outputs of the detector; the whole graph has them too."""
 SLOTS = tuple(f"slots_{grid}" for grid in GRIDS)
 """For each grid, the detection slots whose masks have it."""
+CONTINUE = tuple(f"continue_{grid}" for grid in GRIDS[1:])
+"""By grid from 28 on: the instances that continue to its stage, as positions among those of the stage before."""
+EXIT = tuple(f"exit_{grid}" for grid in GRIDS)
+"""By grid: the instances that exit there, as positions among those that run through its stage."""
 MASKS = tuple(f"masks_{grid}" for grid in GRIDS)
 """For each grid, the mask logits of these slots."""
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command: tests, benchmark, sanitizers, and an engine of TensorRT for RTX.
+# Runs everything that needs an NVIDIA GPU: tests, the kernels' benchmark, sanitizers, and an engine of TensorRT for RTX.
 #
 #   scripts/gpu_checks.sh OUTPUT [WHEELS]
 #
 # Logs, kernels.json and engine.json go into the folder OUTPUT; wheels in the folder WHEELS (.whl by default) are installed into a
-# temporary folder first, for machines without a network. PYTHON names the interpreter (python3 by default); LIMIT the seconds that each
-# part may take (300); PARTS those to run, as in PARTS="kernels bench" (all). A part that fails is reported, and the others run all the
-# same; the exit status is the number of those that failed.
+# temporary folder first, for machines without a network. PYTHON names the interpreter (python3 by default); LIMIT is the time limit
+# of each part in seconds (300); PARTS names the parts to run, as in PARTS="kernels bench" (all by default). If a part fails, the others
+# run nevertheless; the exit status is the number of parts that failed.
 set -u
 output=${1:?usage: scripts/gpu_checks.sh OUTPUT [WHEELS]}
 cd "$(dirname "$0")/.." || exit 1
@@ -22,7 +22,7 @@ export TRITON_INTERPRET=0 TRITON_CACHE_DIR="$scratch/triton" PYTHONUNBUFFERED=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 
-part() { # part NAME COMMAND...: run it within the limit, its output in NAME.log and its end here
+part() { # part NAME COMMAND...: run the command within the limit; write its output to NAME.log, and print the end of it
     local name=$1 begun=$SECONDS status
     shift
     [[ $name == wheels || " ${PARTS-$name} " == *" $name "* ]] || return 0
@@ -41,8 +41,8 @@ fi
 part doctor "$python" -m cli.main doctor --json "$output/doctor.json"
 part kernels "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_kernels.py tests/trt_plugins
 part bench "$python" -m benchmarks.kernels --json "$output/kernels.json"
-# Which GPUs TensorRT for RTX takes is not documented for all: here it says so itself.
-# A file, for the processes that compile kernels import it again.
+# Not all GPUs that TensorRT for RTX supports are documented: this tries the one at hand.
+# It is a file because the processes that compile kernels import it again.
 cat >"$scratch/try_engine.py" <<'PYTHON'
 import sys
 
@@ -72,15 +72,15 @@ if __name__ == "__main__":
         except Exception as error:
             attempts[precision] = {"runs": False, "error": f"{type(error).__name__}: {error}"}
         print(gpus, precision, attempts[precision])
-        # Written each time: a library may end the process.
+        # Written after each attempt: a library may end the process.
         write_json(report, {"gpus": gpus, "attempts": attempts})
     sys.exit(not all(attempt["runs"] for attempt in attempts.values()))
 PYTHON
 part engine "$python" "$scratch/try_engine.py" "$scratch/bundle" "$output/engine.json"
 part engines "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/test_engines.py
-# The kernels are compiled by now: a sanitizer sees them run. Small cases, for it makes them tens of times slower.
+# The kernels are compiled by now, so that a sanitizer sees only their runs. Small cases: it makes them tens of times slower.
 for tool in memcheck racecheck; do
-    # PyTorch's pool would hide accesses beyond a tensor's end.
+    # PyTorch's memory pool would hide accesses beyond the end of a tensor.
     part "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 86 \
         "$python" -m pytest -q -x -p no:cacheprovider -m gpu tests/gpu/test_kernels.py \
         -k "(lite0 or version or proposals or detections) and not same_bits"

@@ -1,8 +1,8 @@
-"""Mend the type stubs of the package tensorrt-stubs where they are no Python, in the folder that they were installed to.
+"""Correct the lines of the type stubs of tensorrt-stubs that are not valid Python, in the folder that they were installed to.
 
     pip install --no-deps --target FOLDER tensorrt-stubs && python scripts/tensorrt_stubs.py FOLDER
 
-As a dependency the package would bring TensorRT itself, which comes from elsewhere: hence --no-deps, and a folder of its own.
+As a dependency the package would install TensorRT itself, which comes from another source: hence --no-deps and a separate folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def mend(text: str) -> str:
     """The stub with arguments named `in` called `in_`, and with a default for one that follows others with a default.
 
     Raises:
-        SyntaxError: it is still no Python.
+        SyntaxError: the result is still not valid Python.
     """
     text = re.sub(r"\bin: (?=list\[)", "in_: ", text)
     text = re.sub(r"(def add_scale_nd\(.*, channel_axis: int)(?=\))", r"\1 = ...", text)

@@ -1,12 +1,10 @@
 """Times the kernels on an NVIDIA GPU, beside torchvision's operators and inside the mask branch, at the sizes of the preset r50.
 
-How: a contender's calls are captured in a CUDA graph often enough for a replay to last `MIN_REPLAY_MS`, and a run is one replay between two
-events, from an idle GPU; so neither Python nor launches are measured. Contenders that read sizes back in Python cannot be captured: their
-runs are calls between two events, with all that Python costs ("calls"). Contenders of a case take turns, in an order that rotates, and
-calls go through as many sets of inputs as the GPU's cache cannot hold, up to `MAX_SETS`: what is smaller, or has one set, stays in it,
-as it does in an engine.
-
-Like `trt_plugins.on_torch`, this needs PyTorch and Triton; engines do not use it.
+A contender's calls are captured in a CUDA graph, repeated until a replay lasts `MIN_REPLAY_MS`. A run is one replay between two events,
+from an idle GPU; so the time contains neither Python nor launches. Contenders that read sizes back in Python cannot be captured: their runs
+are calls between two events, and the time contains Python's ("calls"). The contenders of a case take turns, in a rotating order. Calls
+cycle through enough sets of inputs to exceed the GPU's cache, at most `MAX_SETS`; inputs that do not exceed it stay in the cache, as they
+do in an engine.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ PYRAMID_CHANNELS = 256
 STAGES = ((256, 14), (128, 28), (64, 56), (32, 112))
 """Channels and grid of the r-FPN's stages."""
 CROP_STRIDES = (16, 8, 4)
-"""Of the maps that the stages after the first crop from."""
+"""Strides of the maps that the stages after the first crop from."""
 ANCHOR_SIZES = (32, 64, 128, 256, 512)
 CANONICAL_SIZE = 224.0
 CLASSES = 80
@@ -64,7 +62,7 @@ KERNEL = "kernel"
 """The contender that a case's others are compared with."""
 ROUTED, LARGEST = "mask branch, routed", "mask branch, all at 112"
 MIN_REPLAY_MS = 2.0
-"""A replay's length: what it costs to start one, some microseconds, is then lost in it."""
+"""The shortest replay: the start of one, some microseconds, does not count then."""
 MAX_SETS = 16
 PRECISIONS = (torch.float16, torch.float32)
 
@@ -77,7 +75,7 @@ Eager = Callable[[nn.Module, Sequence[Tensor], Tensor, Tensor, Tensor], Sequence
 
 
 class Work(NamedTuple):
-    """What has to be done, however it is done."""
+    """The least work of an operator, independent of its implementation."""
 
     bytes: int
     """Every input read once, every output written once."""
@@ -86,7 +84,7 @@ class Work(NamedTuple):
 
 
 class Ceilings(NamedTuple):
-    """What the GPU was measured to do at best."""
+    """The GPU's measured peak rates."""
 
     bandwidth: float
     """Bytes a second, read and written, of a large copy."""
@@ -95,7 +93,7 @@ class Ceilings(NamedTuple):
 
 
 class Floor(NamedTuple):
-    """The time under which no kernel can stay."""
+    """The lower bound of a kernel's time."""
 
     ms: float
     limit: str
@@ -104,7 +102,7 @@ class Floor(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time."""
+    """An implementation to time."""
 
     calls: Sequence[Callable[[], object]]
     """The same on each set of inputs."""
@@ -125,7 +123,7 @@ class Case(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What is timed in one run of a contender."""
+    """One run of a contender."""
 
     launch: Callable[[], object]
     calls: int
@@ -149,7 +147,7 @@ def bench_kernels(branch: nn.Module, eager: Eager, boxes: Tensor, counts: Sequen
         and `routed_over_largest`, which is of the mask branch.
 
     Raises:
-        InputError: there is no GPU, Triton interprets, or nothing is to be measured.
+        InputError: there is no GPU, Triton's interpreter is on, or there are no boxes or too few runs.
     """
     if runs < 2 or not len(boxes) or sum(counts) != len(boxes):
         raise InputError(f"{len(boxes)} instances, {list(counts)} at the grids, and {runs} runs: give some boxes, all counted, and 2 runs.")
@@ -177,10 +175,10 @@ def bench_kernels(branch: nn.Module, eager: Eager, boxes: Tensor, counts: Sequen
 
 
 def check_gpu() -> None:
-    """See that kernels would run on a GPU.
+    """Check that kernels can run on a GPU.
 
     Raises:
-        InputError: there is none that PyTorch can use, or Triton interprets.
+        InputError: PyTorch finds no GPU, or Triton's interpreter is on.
     """
     if not torch.cuda.is_available():
         raise InputError("The kernels are timed on an NVIDIA GPU, and PyTorch finds none here; run this where there is one.")
@@ -216,7 +214,7 @@ def routed_over_largest(cases: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
 
 
 def input_sets(size: int, cache: int) -> int:
-    """How many sets of `size` bytes, inputs and outputs, a cache of so many bytes cannot hold, twice over; at most `MAX_SETS`."""
+    """The number of sets of inputs and outputs, `size` bytes each, that exceed twice a cache of `cache` bytes; at most `MAX_SETS`."""
     return min(max(-(-2 * cache // size), 1), MAX_SETS)
 
 
@@ -363,7 +361,7 @@ def _measured(case: Case, ceilings: Ceilings, runs: int) -> dict[str, Any]:
 
 
 def _cases(branch: nn.Module, eager: Eager, boxes: Tensor, counts: Sequence[int]) -> Iterator[Case]:
-    """One after the other, so that the memory of one is free for the next."""
+    """All cases, one after the other, so that each can use the memory of the one before."""
     proposals = near(boxes, PROPOSALS)
     for dtype in PRECISIONS:
         for channels, grid in STAGES:
@@ -614,12 +612,12 @@ def _crop_of_bits(bits: npt.NDArray[np.int32], box: npt.NDArray[np.float32], wid
 
 
 def _finest_map() -> Tensor:
-    """What tells operators the canvas: one channel of P2."""
+    """One channel of P2: operators read the canvas from its shape."""
     return torch.empty(1, 1, CANVAS[0] // STRIDES[0], CANVAS[1] // STRIDES[0], device="cuda")
 
 
 def _sets(draw: Callable[[], list[Tensor]], first: list[Tensor], size: int) -> list[list[Tensor]]:
-    """The first set of inputs and as many more as the cache asks for."""
+    """The first set of inputs, and more sets until they exceed the cache."""
     cache = torch.cuda.get_device_properties(first[0].device).L2_cache_size
     return [first, *(draw() for _ in range(input_sets(size, cache) - 1))]
 

@@ -1,4 +1,4 @@
-"""What a step of training costs beside torchvision's Mask R-CNN, and how much of it is waiting for images. All take turns in one run."""
+"""Time and memory of a training step beside torchvision's Mask R-CNN, and the share of a run that waits for images."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ PHASES = {"DynaMask, phase 1": 1, "DynaMask, phase 2": 2}
 TARGETS = "mask targets"
 CLASSES = 80
 POSITIVE_SHARE = 0.25
-"""Of the sampled RoIs; the same in both models."""
+"""Share of positives among the sampled RoIs; the same in both models."""
 JITTER = 0.08
-"""Of a box's side: a box with every edge moved by so much still overlaps the one it came from by 0.7."""
+"""Share of a box's side: if every edge moves by at most this much, the IoU with the original box is at least 0.7."""
 RESIDUAL_SCALE = 0.2
-"""Of each residual branch: without trained norms the features of a random ResNet double in variance from block to block."""
+"""Scale of each residual branch: without trained norms, the variance of a random ResNet's features doubles in each block."""
 MEMORY_STEPS = 2
 """The second step has the momentum of the first."""
 
@@ -65,11 +65,11 @@ def bench_training(
     rois: int | None = None,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """A whole step (forward, backward, optimiser) of both phases, as the trainer takes it, and for `r50` of torchvision's Mask R-CNN.
+    """Time a whole step (forward, backward, optimiser) of the trainer in both phases, and for `r50` of torchvision's Mask R-CNN.
 
-    All have the same canvases and targets (shapes, written in COCO format and read by the trainer's loader), RoIs, optimiser, precision and
-    random weights, those of the detector being equal. Boxes near the truths join the RPN's proposals, so that each image has its full share
-    of positives, as with a trained detector.
+    All contenders have the same canvases and targets (shapes, written in COCO format and read by the trainer's loader), RoIs, optimiser,
+    precision, and random weights of the detector. Boxes near the truths join the RPN's proposals, so that each image has its full share of
+    positives, as with a trained detector.
 
     Args:
         size: height and width of the canvas, pixels; the preset's by default.
@@ -87,7 +87,7 @@ def bench_training(
         `positive`, `mask`, and `proposals`), `steps`, `warm_up`, `workers`, `machine`.
 
     Raises:
-        InputError: there is no such preset or GPU, or the numbers make no sense.
+        InputError: there is no such preset or GPU, or a number is out of range.
         DynaMaskError: the process of a contender died, or a loss is not finite.
     """
     if min(batch, steps, warm_up) < 1 or workers < 0:
@@ -163,7 +163,7 @@ class MaskRCNNPeer(nn.Module):
 
 
 def near_truths(boxes: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Boxes `[count, 4]` that overlap truths `[G, 4]` by 0.7 or more, one truth after the other, and whose each is, `[count] int64`."""
+    """Boxes `[count, 4]` whose IoU with a truth of `[G, 4]` is 0.7 or more, in turn, and its index, `[count] int64`."""
     matched = torch.arange(count if len(boxes) else 0, device=boxes.device) % max(len(boxes), 1)
     chosen = boxes[matched]
     sides = (chosen[:, 2:] - chosen[:, :2]).repeat(1, 2)

@@ -34,10 +34,10 @@ from export.lowering import (
     replace_between,
 )
 from export.precision import to_fp16
-from export.seams import CONTINUE, EXIT, RPN_DELTAS, RPN_LOGITS, GraphFacts
+from export.seams import RPN_DELTAS, RPN_LOGITS, GraphFacts
 from runtime.bundle import Profile
 from runtime.errors import InputError
-from runtime.graph import DETECTIONS, GRIDS, PYRAMID, SLOTS
+from runtime.graph import CONTINUE, DETECTIONS, EXIT, GRIDS, PYRAMID, SLOTS
 from tests.export.conftest import CANVAS
 from trt_plugins.registry import DOMAIN, OPERATORS
 

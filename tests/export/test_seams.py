@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from dynamask.model import DynaMask
-from export.seams import CONTINUE, DETECTOR_SEAMS, EXIT, FACTS, MASK_SEAMS, PYRAMID, RPN_DELTAS, RPN_LOGITS, read_facts, write_facts
+from export.seams import DETECTOR_SEAMS, FACTS, MASK_SEAMS, RPN_DELTAS, RPN_LOGITS, read_facts, write_facts
 from runtime.errors import InputError
+from runtime.graph import CONTINUE, EXIT, PYRAMID
 
 CANVAS = (128, 160)
 

@@ -1,4 +1,4 @@
-"""Detections: what it takes and gives, and its launches."""
+"""The operator Detections: inputs, outputs, kernels and launches."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from trt_plugins.operator import (
 from trt_plugins.selection.selection import COMPARED_BLOCK, LARGEST_K, RANKED_BLOCK, Selection, power_of_two
 
 KERNELS = "trt_plugins.detections.kernel"
-MOST_CLASSES = 2**12
+MAX_CLASSES = 2**12
 SCORE_ITEMS = 512
-"""Logits that a program turns to scores; at least one row."""
+"""Logits that a program converts to scores; at least one row."""
 
 
 class Detections(Operator):
     """The detections of each image in K = `detections` slots, as `dynamask.detector.select_detections` finds them.
 
     Inputs are `class_logits [B P, C + 1]` and `box_deltas [B P, 4 (C + 1)]`, both fp32 or both fp16, background first, P = `proposals` rows
-    an image; `proposals [B P, 4] float32`, xyxy in pixels of the canvas, of which each image's first `count [B] int32` count;
+    an image; `proposals [B P, 4] float32`, xyxy in pixels of the canvas, of which each image's first `count [B] int32` are valid;
     `min_score [] float32`; and a map `[B, any, H, W]`, fp32 or fp16, that covers the canvas with `stride` pixels a cell and is not read.
 
     Of an image's scores (softmax) above `score_threshold` and `min_score`, the `candidates` highest are decoded (weights 10, 10, 5, 5),
@@ -54,7 +54,7 @@ class Detections(Operator):
     outputs = ("boxes", "scores", "labels", "slots", "n")
 
     def check_attributes(self) -> None:
-        """Refuse values that make no sense together.
+        """Refuse attribute values that are out of range or do not fit each other.
 
         Raises:
             InputError: a number of proposals, detections or a stride below 1, candidates fewer than detections or too many, or a negative
@@ -81,8 +81,8 @@ class Detections(Operator):
             raise self.refuse(f"it has {len(inputs)} inputs; give class logits, box deltas, proposals, count, min_score and a map")
         logits, *middle, feature = inputs
         each = self.values["proposals"]
-        if len(logits.shape) != 2 or not 2 <= (logits.shape[1] or 0) <= MOST_CLASSES + 1:
-            raise self.refuse(f"the class logits are {logits.shape}; give [B P, C + 1], C known, with 1 to {MOST_CLASSES} classes")
+        if len(logits.shape) != 2 or not 2 <= (logits.shape[1] or 0) <= MAX_CLASSES + 1:
+            raise self.refuse(f"the class logits are {logits.shape}; give [B P, C + 1], C known, with 1 to {MAX_CLASSES} classes")
         if logits.dtype not in ("float32", "float16"):
             raise self.refuse(f"the class logits are {logits.dtype}; give float32 or float16")
         if len(feature.shape) != 4 or feature.dtype not in ("float32", "float16"):
@@ -117,11 +117,11 @@ class Detections(Operator):
         return [[slots, 4], [slots], [slots], [DataDependent(4, slots)], []]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """Six, whatever the canvas and the number of images; where scores are few, one of them is not launched."""
+        """Six, for all canvases and numbers of images; if there are few scores, `select` is not launched."""
         return [self._score(inputs), self._decode(inputs), *self._selection(inputs, images=1).kernels(), self._fill(inputs)]
 
     def workspace(self, inputs: Sequence[TensorSpec]) -> Workspace:
-        """Candidates of each image, the best of them, and which of these overlap."""
+        """Candidates of each image, the best of them, and their overlaps."""
         return self._selection(inputs, inputs[-1].size(0)).workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:

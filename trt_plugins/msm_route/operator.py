@@ -1,4 +1,4 @@
-"""MsmRoute: what it takes and gives, and its launch."""
+"""The operator MsmRoute: inputs, outputs, kernels and launches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from runtime.graph import GRIDS, SLOTS
+from runtime.graph import CONTINUE, EXIT, GRIDS, SLOTS
 from trt_plugins.operator import (
     TRITON_TYPES,
     Attribute,
@@ -25,8 +25,6 @@ from trt_plugins.operator import (
 KERNELS = "trt_plugins.msm_route.kernel"
 MAX_SLOTS = 2048
 """Slots of a run: the widest program that is compiled."""
-CONTINUE = tuple(f"continue_{grid}" for grid in GRIDS[1:])
-EXIT = tuple(f"exit_{grid}" for grid in GRIDS)
 SIZES = tuple(f"{name}_count" for name in (*CONTINUE, *EXIT))
 """The outputs that hold the sizes of the lists."""
 INPUTS = (
@@ -74,7 +72,7 @@ class MsmRoute(Operator):
     outputs = ("grids", *CONTINUE, *EXIT, *SLOTS, *SIZES)
 
     def check_attributes(self) -> None:
-        """Refuse values that make no sense together.
+        """Refuse attribute values that are out of range or do not fit each other.
 
         Raises:
             InputError: a number below 1, too many slots for one program, or costs that do not rise.
