@@ -72,12 +72,13 @@ def route(log_probabilities: Tensor, costs: Tensor, budget: Tensor, sizes: Tenso
     free = (override == MSM).to(log_probabilities.dtype)
     weight = free / free.sum().clamp(min=1.0)
     lambdas = _indifference(log_probabilities, costs)
-    grids = torch.argmax(log_probabilities[None] - lambdas[:, None, None] * costs, dim=-1)
+    # The axes of argmax count from the front: from the back, ONNX Runtime 1.23 gives a wrong shape where N is 0.
+    grids = torch.argmax(log_probabilities[None] - lambdas[:, None, None] * costs, dim=2)
     mean_cost = (costs[grids] * weight).sum(dim=1)
     feasible = (mean_cost <= budget * (1 + 1e-6)) | (budget <= 0)
     # The last candidate gives every instance the smallest grid; it is the fallback where even that exceeds the budget.
     chosen = torch.where(feasible, lambdas, lambdas.max()).min()
-    routed = torch.argmax(log_probabilities - chosen * costs, dim=-1)
+    routed = torch.argmax(log_probabilities - chosen * costs, dim=1)
     grids = torch.where(override == SIZE_BASED, size_based_grid(sizes), routed)
     return torch.where((override >= 0) & (override < SIZE_BASED), override, grids)
 

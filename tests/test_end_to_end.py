@@ -156,10 +156,13 @@ def test_a_frame_without_detections_has_none(predictor: Predictor) -> None:
 
 
 def test_the_model_finds_most_shapes(predictor: Predictor, dataset: Path) -> None:
-    """Far under what docs/results/shapes.md reports; and half the largest grid's cost is kept to."""
+    """Far under what docs/results/shapes.md reports; and half the largest grid's cost is kept to.
+
+    Of three images, to 5%: what the last one spends too much, no later one makes up for.
+    """
     result = validate(predictor, read_coco(dataset), ("routed@50%", "uniform-112"))["policies"]
     assert result["uniform-112"]["segm"]["AP50"] > 50 and result["uniform-112"]["bbox"]["AP50"] > 60
-    assert result["routed@50%"]["gmacs"] <= 0.5 * result["uniform-112"]["gmacs"] * 1.00001
+    assert result["routed@50%"]["gmacs"] <= 0.5 * result["uniform-112"]["gmacs"] * 1.05
 
 
 def test_a_video_is_annotated(predictor: Predictor, folder: Path) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_graphsurgeon as gs
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -39,6 +38,7 @@ from runtime.bundle import Profile
 from runtime.errors import InputError
 from runtime.graph import CONTINUE, DETECTIONS, EXIT, GRIDS, PYRAMID, SLOTS
 from tests.export.conftest import CANVAS
+from tests.export.sessions import open_session, runnable
 from trt_plugins.registry import DOMAIN, OPERATORS
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -225,12 +225,12 @@ def test_sizes_become_factors() -> None:
     none = gs.Variable.empty()
     fixed = sketch.node("Resize", [x, none, none, np.array([1, 8, 12, 20])], "y", [1, 8, 12, 20], mode="nearest")
     graph = sketch.finish(fixed)
-    before = open_session(gs.export_onnx(graph)).run(None, {"x": np.arange(480, dtype=np.float32).reshape(1, 8, 6, 10)})
+    before = open_session(gs.export_onnx(graph, ir_version=10)).run(None, {"x": np.arange(480, dtype=np.float32).reshape(1, 8, 6, 10)})
     assert lower_resize(graph, FACTS, ONE) == 1
-    after = open_session(gs.export_onnx(graph)).run(None, {"x": np.arange(480, dtype=np.float32).reshape(1, 8, 6, 10)})
+    after = open_session(gs.export_onnx(graph, ir_version=10)).run(None, {"x": np.arange(480, dtype=np.float32).reshape(1, 8, 6, 10)})
     np.testing.assert_array_equal(before, after)
     graph.inputs[0].shape = graph.outputs[0].shape = ["b", 8, "h", "w"]
-    assert open_session(gs.export_onnx(graph)).run(None, {"x": np.zeros((2, 8, 3, 4), np.float32)})[0].shape == (2, 8, 6, 8)
+    assert open_session(gs.export_onnx(graph, ir_version=10)).run(None, {"x": np.zeros((2, 8, 3, 4), np.float32)})[0].shape == (2, 8, 6, 8)
 
 
 def test_a_pyramid_level_that_is_not_cropped_is_missed() -> None:
@@ -400,12 +400,6 @@ def reference(name: str, inputs: list[torch.Tensor], values: dict[str, Any]) -> 
     return msm_route(*inputs, **{key: value for key, value in values.items() if key != "batch"})
 
 
-def open_session(model: onnx.ModelProto) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 class Interpreter:
     """Runs a lowered graph without TensorRT: standard nodes in ONNX Runtime, a stretch at a time, the others by their references."""
 
@@ -486,7 +480,7 @@ def half(portable: onnx.ModelProto) -> onnx.ModelProto:
 def test_the_lowered_graph_computes_what_the_portable_one_does(portable: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
     model = portable if precision == "fp32" else half
     interpreter = Interpreter(lower(model))
-    session = open_session(model)
+    session = open_session(runnable(portable) if precision == "fp32" else to_fp16(runnable(portable)))
     outputs = [value.name for value in session.get_outputs()]
     counts = {}
     for name, values in CASES.items():
@@ -501,7 +495,8 @@ def test_the_lowered_graph_computes_what_the_portable_one_does(portable: onnx.Mo
 
 
 def test_a_batch_gives_each_image_what_it_gives_alone(portable: onnx.ModelProto) -> None:
-    session, interpreter = open_session(portable), Interpreter(lower(portable, Profile(batch=(1, 2, 4), canvas=(CANVAS,) * 3)))
+    session = open_session(runnable(portable))
+    interpreter = Interpreter(lower(portable, Profile(batch=(1, 2, 4), canvas=(CANVAS,) * 3)))
     outputs = [value.name for value in session.get_outputs()]
     images = np.random.default_rng(6).standard_normal((3, 1, 3, *CANVAS), np.float32)
     images[1] = 0  # Nothing is found in a blank image, between two that have something.
@@ -526,7 +521,7 @@ def test_a_batch_gives_each_image_what_it_gives_alone(portable: onnx.ModelProto)
 def test_another_canvas_gives_what_a_graph_of_that_canvas_gives(model: DynaMask, portable: onnx.ModelProto, tmp_path: Path) -> None:
     canvas = (96, 192)
     export_graph(model, tmp_path / "other.onnx", canvas)
-    session = open_session(onnx.load(tmp_path / "other.onnx"))
+    session = open_session(runnable(onnx.load(tmp_path / "other.onnx")))
     image = np.random.default_rng(7).standard_normal((1, 3, *canvas), np.float32)
     values = {**feeds(override=np.arange(20) % 6 - 1), "image": image}
     wanted = dict(zip([value.name for value in session.get_outputs()], session.run(None, values), strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -13,6 +12,8 @@ from export.deform_conv_fallback import replace_deform_conv
 from export.precision import DECISIONS, PREDICTIONS, emulate_fp16, to_fp16
 from export.seams import read_facts
 from runtime.errors import InputError
+from runtime.targets.onnxruntime import has_deform_conv
+from tests.export.sessions import open_session
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -55,7 +56,7 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return dict(zip([output.name for output in session.get_outputs()], session.run(None, feeds), strict=True))
 
 
@@ -113,6 +114,8 @@ def test_the_portable_graph_is_halved(portable: onnx.ModelProto) -> None:
 @pytest.mark.parametrize("with_deform_conv", [True, False])
 def test_the_halved_graph_finds_the_same(portable: onnx.ModelProto, model: DynaMask, with_deform_conv: bool) -> None:
     """Also where DeformConv was replaced by standard operators, for ONNX Runtimes without it."""
+    if with_deform_conv and not has_deform_conv():
+        pytest.skip("this ONNX Runtime has no DeformConv")
     portable = onnx.shape_inference.infer_shapes(portable)
     assert with_deform_conv or replace_deform_conv(portable) == 6
     random = np.random.default_rng(5)

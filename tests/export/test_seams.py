@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from dynamask.model import DynaMask
 from export.seams import DETECTOR_SEAMS, FACTS, MASK_SEAMS, RPN_DELTAS, RPN_LOGITS, read_facts, write_facts
 from runtime.errors import InputError
 from runtime.graph import CONTINUE, EXIT, PYRAMID
+from tests.export.sessions import open_session, runnable
 
 CANVAS = (128, 160)
 
@@ -42,11 +42,9 @@ def test_a_seam_holds_what_pytorch_computes_there(portable: onnx.ModelProto, ima
     seams = [*DETECTOR_SEAMS, *MASK_SEAMS]
     types = {value.name: value for value in portable.graph.value_info}
     probed = onnx.ModelProto()
-    probed.CopyFrom(portable)
+    probed.CopyFrom(runnable(portable))
     probed.graph.output.extend(types[name] for name in seams)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(probed)
     feeds = {"image": image.numpy(), "min_score": np.float32(0), "budget": np.float32(0.025), "grid_override": np.full(20, -1)}
     found = dict(zip(seams, session.run(seams, {name: np.asarray(value) for name, value in feeds.items()}), strict=True))
     assert len(found["slots"]) > 5 and all(len(found[name]) for name in CONTINUE)
