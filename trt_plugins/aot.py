@@ -185,7 +185,7 @@ def _kernel(spec: KernelSpec, capability: str, metadata: Any, cubin: bytes, cuob
 
 
 def _resources(cuobjdump: Path, cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers and bytes of local memory of a thread, as NVIDIA's tool reads them from a cubin."""
+    """Registers and bytes of local memory per thread, as NVIDIA's tool reads them from a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -200,12 +200,12 @@ def _resources(cuobjdump: Path, cubin: bytes) -> tuple[int | None, int | None]:
 def _cached(file: Path) -> CompiledKernel | None:
     try:
         return CompiledKernel.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError):  # Not there, or of another version.
+    except (OSError, ValidationError):  # Missing, or written by another version.
         return None
 
 
 def _digest(spec: KernelSpec, capability: str) -> str:
-    """Of everything that a compiled kernel depends on: its form, the sources of its module and of this one, Triton's version, target."""
+    """SHA-256 of all that a compiled kernel depends on: its form, the sources of its module and this one, Triton's version, the target."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -235,7 +235,7 @@ def _sources(module: str) -> list[bytes]:
 
 
 def _file(module: str) -> Path | None:
-    # Not importlib's answer for the whole name, which imports what lies on the way, Triton with it.
+    # `find_spec` is asked for the package alone: for the whole name it would import the modules' parents, and with them Triton.
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:

@@ -289,7 +289,7 @@ class PyCuda:
         self._context = device.retain_primary_context()
         self.device: str = device.name()
         self.compute_capability = "{}.{}".format(*device.compute_capability())
-        # pycuda frees what is no longer referred to.
+        # pycuda frees an object when nothing refers to it any more.
         self._allocations: dict[int, Any] = {}
         self._streams: dict[int, Any] = {}
 

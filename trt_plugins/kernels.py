@@ -34,17 +34,17 @@ class KernelInfo(BaseModel):
     signature: tuple[tuple[str, str], ...]
     """The arguments of the `KernelSpec`, in order. Two pointers to Triton's scratch memory follow them; null if their sizes are 0."""
     num_warps: int
-    """Warps a block: a block has 32 threads for each."""
+    """Warps per block, of 32 threads each."""
     shared: int
-    """Dynamic shared memory of a block, bytes."""
+    """Dynamic shared memory per block, in bytes."""
     global_scratch: int
-    """Bytes of global memory a block, or 0."""
+    """Bytes of global memory per block, or 0."""
     profile_scratch: int
-    """Bytes of global memory a block for Triton's profiler, or 0."""
+    """Bytes of global memory per block for Triton's profiler, or 0."""
     registers: int | None
-    """Registers of a thread; None if unknown."""
+    """Registers per thread; None if unknown."""
     spills: int | None
-    """Bytes of local memory of a thread (spilled registers and arrays); None if unknown."""
+    """Bytes of local memory per thread (spilled registers and arrays); None if unknown."""
 
     @property
     def file(self) -> str:
@@ -80,7 +80,7 @@ class KernelLibrary:
         return sorted({kernel.compute_capability for kernel in self.kernels}, key=_version)
 
     def to_files(self) -> dict[str, bytes]:
-        """Name -> content: an index in JSON, and one file a kernel."""
+        """Name -> content: an index in JSON, and one file per kernel."""
         files = {kernel.file: kernel.cubin for kernel in self.kernels}
         return {INDEX: _INDEX.dump_json([kernel.info for kernel in self.kernels], indent=2) + b"\n", **files}
 
@@ -105,7 +105,7 @@ class KernelLibrary:
         """Key -> the kernel to load on a GPU: compiled for its compute capability, or for the highest one whose kernels run on it.
 
         Raises:
-            InputError: a kernel was compiled for nothing that runs there.
+            InputError: no compiled form of a kernel runs on that GPU.
         """
         device = _version(compute_capability)
         # Sorted: of those that run on the device, the highest comes last.

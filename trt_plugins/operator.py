@@ -65,8 +65,13 @@ def alike(*sizes: int | None) -> bool:
     return len({size for size in sizes if size is not None}) <= 1
 
 
+def power_of_two(size: int) -> int:
+    """`size`, at least 1, rounded up to a power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def canvas_of(feature: TensorSpec, stride: int) -> tuple[int, int]:
-    """Height and width in pixels of the canvas that a map `[B, C, H, W]` covers, `stride` pixels a cell."""
+    """Height and width in pixels of the canvas that a map `[B, C, H, W]` covers with `stride` pixels per cell."""
     return feature.size(2) * stride, feature.size(3) * stride
 
 
@@ -162,7 +167,7 @@ class Operator(ABC):
     """
 
     name: ClassVar[str]
-    """`DeformConv`. TensorRT plugin and ONNX node are called `DynaMaskDeformConv`, so that no parser uses an operator of its own."""
+    """`DeformConv`. The TensorRT plugin and the ONNX node are called `DynaMaskDeformConv` (`registry.PREFIX`)."""
     attributes: ClassVar[tuple[Attribute, ...]] = ()
     outputs: ClassVar[tuple[str, ...]]
     """The outputs' names, including the sizes of data-dependent outputs."""

@@ -45,7 +45,7 @@ class Plugins:
         TensorRT prints such exceptions and goes on, or fails later with another message."""
         self.creators: dict[str, tensorrt.IPluginCreatorV3One] = {}
         """By operator. TensorRT keeps only pointers to them."""
-        # The registry writes to the logger of the process's first builder or runtime, even after its end; so make one that stays.
+        # TensorRT's registry logs to the first builder or runtime of the process, even when that one is gone. This one stays.
         self._logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
         self._runtime = trt.Runtime(self._logger)
 

@@ -204,7 +204,7 @@ def test_wrong_attributes_are_refused(wrong: dict[str, Any], message: str) -> No
     ("index", "spec", "message"),
     [
         (0, TensorSpec((None, None), "float32"), r"the class logits are \(None, None\); give \[B P, C \+ 1\], C known"),
-        (0, TensorSpec((16, 4), "float32"), r"the class logits are \(16, 4\); with a map \(1, 2, 24, 40\) give 8 rows an image"),
+        (0, TensorSpec((16, 4), "float32"), r"the class logits are \(16, 4\); with a map \(1, 2, 24, 40\) give 8 rows per image"),
         (0, TensorSpec((None, 4), "float16"), r"the box deltas: given \(8, 16\) float32"),
         (0, TensorSpec((8, 1), "float32"), "with 1 to 4096 classes"),
         (0, TensorSpec((8, 4), "int32"), "the class logits are int32; give float32 or float16"),
@@ -216,7 +216,7 @@ def test_wrong_attributes_are_refused(wrong: dict[str, Any], message: str) -> No
         (2, TensorSpec((7, 4), "float32"), r"the proposals: given \(7, 4\)"),
         (3, TensorSpec((1,), "int64"), "count: given"),
         (4, TensorSpec((1,), "float32"), "min_score: given"),
-        (5, TensorSpec((2, 2, 24, 40), "float32"), "give 8 rows an image"),
+        (5, TensorSpec((2, 2, 24, 40), "float32"), "give 8 rows per image"),
         (5, TensorSpec((1, 2, 24), "float32"), "the map is"),
         (5, TensorSpec((1, 2, 24, 40), "int32"), "the map is .* int32"),
     ],

@@ -19,7 +19,7 @@ def pack_weight(
     PADDED_OUTPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Weight `[OUTPUTS, GROUPS, GROUP_CHANNELS, TAPS]` to `[GROUPS, TAPS, PADDED_CHANNELS, PADDED_OUTPUTS]`, zeros in the padding.
+    """Reorder `[OUTPUTS, GROUPS, GROUP_CHANNELS, TAPS]` to `[GROUPS, TAPS, PADDED_CHANNELS, PADDED_OUTPUTS]`, zeros in the padding.
 
     Unpacked, consecutive channels of a tap are TAPS items apart; packed, `deform_conv` loads its tiles 16 bytes at a time.
     """
@@ -65,7 +65,7 @@ def deform_conv(
     BLOCK_O: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One tile of BLOCK_P pixels x BLOCK_O outputs of one instance; HEIGHT and WIDTH are at least 2. `mask` is read if MODULATED.
+    """Compute one tile of BLOCK_P pixels x BLOCK_O outputs of one instance. HEIGHT and WIDTH are at least 2; `mask` is read if MODULATED.
 
     Axis 0 of the grid runs over the instances and, fastest, their tiles of pixels, so that neighbours share an instance in the L2
     cache; axis 1 runs over blocks of outputs. Tiles are [pixel, channel] because Triton lays lanes along the first axis of gathered
@@ -76,7 +76,7 @@ def deform_conv(
     PIXELS: tl.constexpr = OUT_HEIGHT * OUT_WIDTH
     TILES: tl.constexpr = (PIXELS + BLOCK_P - 1) // BLOCK_P
 
-    # Places within an instance fit 32 bits; those of the whole batch need not.
+    # Offsets within an instance fit 32 bits; offsets within the whole batch need 64.
     instance = (tl.program_id(0) // TILES).to(tl.int64)
     pixel = tl.program_id(0) % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
     output = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -96,7 +96,7 @@ def deform_conv(
         row += (pixel // OUT_WIDTH * STRIDE_Y - PAD_Y + tap // KERNEL_WIDTH * DILATION_Y).to(tl.float32)
         column += (pixel % OUT_WIDTH * STRIDE_X - PAD_X + tap % KERNEL_WIDTH * DILATION_X).to(tl.float32)
         # The 2 x 2 block of the map nearest to the position, each pixel weighted by max(0, 1 - distance) in both directions: bilinear
-        # interpolation with zeros beyond the border, without a test of the border at each load.
+        # interpolation with zeros beyond the border. No load needs to test for the border.
         top = tl.floor(tl.minimum(tl.maximum(row, 0.0), HEIGHT - 2.0))
         left = tl.floor(tl.minimum(tl.maximum(column, 0.0), WIDTH - 2.0))
         top_share = tl.maximum(1.0 - tl.abs(row - top), 0.0)

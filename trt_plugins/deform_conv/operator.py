@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, Workspace
+from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, Workspace, power_of_two
 
 INPUTS = ("x", "weight", "offset", "bias", "mask")
 MODULE = "trt_plugins.deform_conv.kernel"
 BLOCK_C = 16
-"""Channels sampled at a time: the minimum of a tensor core. More would need more registers, and leave fewer warps to hide the gather."""
+"""Channels sampled at a time: the minimum of a tensor core. More channels need more registers, and leave fewer warps to hide loads."""
 PACK_BLOCK = 1024
 
 
@@ -32,7 +32,7 @@ def tiling(outputs: int, dtype: DType) -> Tiling:
     sums, which leaves registers for the samples being loaded. That is 256 outputs, or 128 in float32, because a larger float32 tile does
     not fit 48 KB of shared memory when it is stored. With few outputs a program computes more pixels, which share the weights.
     """
-    block_o = min(max(_power_of_two(outputs), 8), 256 if dtype == "float16" else 128)
+    block_o = min(max(power_of_two(outputs), 8), 256 if dtype == "float16" else 128)
     return Tiling(block_p=128 if block_o <= 64 else 64, block_o=block_o, num_warps=8 if block_o > 128 else 4)
 
 
@@ -104,11 +104,11 @@ class DeformConv(Operator):
         for (name, shape), spec in zip(expected.items(), inputs, strict=False):
             if any(None not in pair and pair[0] != pair[1] for pair in zip(spec.shape, shape, strict=True)):
                 raise self.refuse(f"{name} is {_text(spec.shape)}; give {_text(shape)}")
-        an_instance = {name: expected[name][1:] for name in ("x", "offset")} | {
+        per_instance = {name: expected[name][1:] for name in ("x", "offset")} | {
             "weight": weight.shape,
             "y": (outputs, out_height, out_width),
         }
-        for name, shape in an_instance.items():
+        for name, shape in per_instance.items():
             if TensorSpec(shape, x.dtype).items >= 2**31:
                 raise self.refuse(f"{name} is {_text(shape)} for an instance; give fewer than 2^31 items")
 
@@ -176,7 +176,7 @@ class DeformConv(Operator):
         return workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """Pack the weight, then convolve; neither where there is no instance."""
+        """Pack the weight, then convolve; no launches without instances."""
         n, channels, height, width = (outputs[0].size(axis) for axis in range(4))
         if n == 0:
             return []
@@ -202,7 +202,7 @@ class DeformConv(Operator):
         return height, width
 
     def _packed_shape(self, inputs: Sequence[TensorSpec]) -> tuple[int, int, int, int]:
-        """Groups, taps, and a group's channels and all outputs in whole blocks."""
+        """Groups, taps, channels of a group and outputs; the last two are rounded up to whole blocks."""
         outputs, channels, height, width = (inputs[1].size(axis) for axis in range(4))
         groups = self.values["offset_group"]
         block_o = tiling(outputs, inputs[0].dtype).block_o
@@ -211,7 +211,3 @@ class DeformConv(Operator):
 
 def _text(shape: Sequence[int | None]) -> str:
     return " x ".join("n" if size is None else str(size) for size in shape)
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

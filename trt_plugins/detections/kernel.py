@@ -1,4 +1,4 @@
-"""Kernels of Detections: from class logits to candidates, from the best of them to boxes, from those kept to slots."""
+"""Kernels of Detections, in their order: class logits to candidates, the best candidates to boxes, the boxes that NMS kept to slots."""
 
 # mypy: ignore-errors
 # Triton's language is untyped.
@@ -24,7 +24,8 @@ def score_classes(
 ):
     """Softmax of `class_logits [B, rows, 1 + CLASSES]` -> candidates `[B, rows, CLASSES]`; grid (blocks of ROWS, B).
 
-    EMPTY are an image's rows from its `count [B]` on and scores that are not above both thresholds. Column 0 is the background.
+    A candidate is EMPTY if its row is not below its image's `count [B]`, or its score is not above both thresholds. Column 0 is the
+    background.
     """
     image = tl.program_id(1)
     class_logits += image.to(tl.int64) * rows * (CLASSES + 1)
@@ -38,11 +39,11 @@ def score_classes(
     exponential = tl.exp(logit - tl.where(row < rows, tl.max(logit, axis=1), 0.0)[:, None])
     score = exponential / tl.where(row < rows, tl.sum(exponential, axis=1), 1.0)[:, None]
 
-    least = tl.maximum(tl.load(min_score), score_threshold)
-    counts = (row < tl.load(count + image))[:, None] & (score > least)
+    threshold = tl.maximum(tl.load(min_score), score_threshold)
+    real = (row < tl.load(count + image))[:, None] & (score > threshold)
     places = row[:, None] * CLASSES + column[None, :] - 1
     foreground = inside & (column > 0)[None, :]
-    tl.store(keys + places, tl.where(counts, score_key(score), EMPTY), mask=foreground)
+    tl.store(keys + places, tl.where(real, score_key(score), EMPTY), mask=foreground)
     tl.store(indices + places, places, mask=foreground)
 
 
@@ -125,9 +126,10 @@ def fill_slots(
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
-    """The best of an image's `kept_keys [B, k]` into its `detections` slots, best first; empty ones have box and score 0 and label -1.
+    """Write the best boxes that NMS kept, `kept_keys [B, k]`, to the `detections` slots of their image, best first.
 
-    `slots [n]` are those filled, of one image after the other. Grid (blocks of max(k, detections), B).
+    Empty slots have box and score 0 and label -1. `slots [n]` lists the filled slots, image after image. Grid (blocks of
+    max(k, detections), B).
     """
     image = tl.program_id(1)
     boxes += image * 4 * k
@@ -137,7 +139,7 @@ def fill_slots(
     slot_boxes += first * 4
     scores += first
     labels += first
-    # Every program counts those of the images before its own: there are few.
+    # Each program counts the filled slots of the images before its own; there are few images.
     before = tl.full((), 0, tl.int32)
     for start in range(0, image, BLOCK):
         other = start + tl.arange(0, BLOCK)

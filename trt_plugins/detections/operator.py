@@ -18,28 +18,38 @@ from trt_plugins.operator import (
     Workspace,
     alike,
     canvas_of,
+    power_of_two,
     times,
 )
-from trt_plugins.selection.selection import COMPARED_BLOCK, LARGEST_K, RANKED_BLOCK, Selection, power_of_two
+from trt_plugins.selection.selection import COMPARED_BLOCK, LARGEST_K, RANKED_BLOCK, Selection
 
 KERNELS = "trt_plugins.detections.kernel"
 MAX_CLASSES = 2**12
 SCORE_ITEMS = 512
-"""Logits that a program converts to scores; at least one row."""
+"""Logits that a program converts to scores, if a row has no more."""
 
 
 class Detections(Operator):
     """The detections of each image in K = `detections` slots, as `dynamask.detector.select_detections` finds them.
 
-    Inputs are `class_logits [B P, C + 1]` and `box_deltas [B P, 4 (C + 1)]`, both fp32 or both fp16, background first, P = `proposals` rows
-    an image; `proposals [B P, 4] float32`, xyxy in pixels of the canvas, of which each image's first `count [B] int32` are valid;
-    `min_score [] float32`; and a map `[B, any, H, W]`, fp32 or fp16, that covers the canvas with `stride` pixels a cell and is not read.
-
     Of an image's scores (softmax) above `score_threshold` and `min_score`, the `candidates` highest are decoded (weights 10, 10, 5, 5),
-    clipped to the canvas and go through NMS in their class, all in fp32; the best K of those kept are its rows of `boxes [B K, 4]` and
-    `scores [B K]`, float32 by falling score, and of `labels [B K] int64`, from 0. An empty slot has box and score 0 and label -1;
-    `slots [n] int64` are the filled rows, rising, and `n []` their number. Of equal scores the lower proposal counts as the higher, then
-    the lower class.
+    clipped to the canvas, and go through NMS in their class, all in fp32. The best K of the kept ones fill the image's slots, by falling
+    score. Of equal scores, the one of the lower proposal comes first, then the one of the lower class.
+
+    Inputs, with P = `proposals` rows per image:
+        class_logits: `[B P, C + 1]` float32 or float16, background first.
+        box_deltas: `[B P, 4 (C + 1)]`, of the same type.
+        proposals: `[B P, 4] float32`, xyxy in pixels of the canvas.
+        count: `[B] int32`, the number of valid proposals of each image, which come first.
+        min_score: `[] float32`.
+        map: `[B, any, H, W]` float32 or float16, which covers the canvas with `stride` pixels per cell; its values are not read.
+
+    Outputs:
+        boxes: `[B K, 4] float32`, xyxy in pixels of the canvas; 0 in an empty slot.
+        scores: `[B K] float32`; 0 in an empty slot.
+        labels: `[B K] int64`, from 0; -1 in an empty slot.
+        slots: `[n] int64`, the filled slots, ascending.
+        n: `[] int64`, their number.
     """
 
     name = "Detections"
@@ -90,7 +100,7 @@ class Detections(Operator):
         images, columns = feature.shape[0], logits.size(1)
         rows = logits.shape[0] if images is None else images * each
         if not alike(logits.shape[0], rows) or (rows is not None and (rows < each or rows % each)):
-            raise self.refuse(f"the class logits are {logits.shape}; with a map {feature.shape} give {each} rows an image")
+            raise self.refuse(f"the class logits are {logits.shape}; with a map {feature.shape} give {each} rows per image")
         images = None if rows is None else rows // each
         expected: list[tuple[str, tuple[int | None, ...], DType]] = [
             ("the box deltas", (rows, 4 * columns), logits.dtype),
@@ -98,14 +108,14 @@ class Detections(Operator):
             ("count", (images,), "int32"),
             ("min_score", (), "float32"),
         ]
-        for spec, (what, shape, dtype) in zip(middle, expected, strict=True):
+        for spec, (name, shape, dtype) in zip(middle, expected, strict=True):
             if (
                 len(spec.shape) != len(shape)
                 or not all(map(alike, spec.shape, shape))
                 or spec.shape[1:] != shape[1:]
                 or spec.dtype != dtype
             ):
-                raise self.refuse(f"{what}: given {spec.shape} {spec.dtype}; with these class logits it must be {shape} {dtype}")
+                raise self.refuse(f"{name}: given {spec.shape} {spec.dtype}; with these class logits it must be {shape} {dtype}")
 
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
         """fp32 boxes and scores, int64 labels and slots."""
@@ -188,5 +198,5 @@ class Detections(Operator):
 
 
 def _scored_rows(columns: int) -> int:
-    """Rows of class logits that a program turns to scores."""
+    """Rows of class logits that a program converts to scores."""
     return max(1, SCORE_ITEMS // power_of_two(columns))

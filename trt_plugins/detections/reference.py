@@ -47,7 +47,7 @@ def _of_image(
     least: float,
     nms_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes `[n, 4]`, scores `[n]` and labels `[n]` of what an image shows, best first."""
+    """Boxes `[n, 4]`, scores `[n]` and labels `[n]` of an image's detections, best first."""
     rows, classes = len(class_logits), class_logits.shape[1] - 1
     score = torch.softmax(class_logits.float(), dim=-1)[:, 1:].reshape(-1)
     boxes = BoxCoder((10.0, 10.0, 5.0, 5.0)).decode_single(box_deltas.float(), boxes)

@@ -54,7 +54,7 @@ def choose_grids(
 
     slot = tl.load(slots + instance, mask=valid, other=0)
     tl.store(grids_of_slots + instance, tl.full([BLOCK_N], -1, tl.int64), mask=instance < slot_count)
-    # Filled slots are written twice, by different threads: first all -1, then the grids.
+    # Different threads write -1 and the grid to a filled slot: the grid must come second.
     tl.debug_barrier()
     tl.store(grids_of_slots + slot, grid.to(tl.int64), mask=valid)
 
@@ -74,8 +74,8 @@ def list_stage(
 ):
     """The lists of one stage, whose instances are those of grid `stage` or larger, in their order.
 
-    `continuing` are their positions in the previous stage; stage 0 has all instances, and leaves it and its count alone. `exiting` are
-    the positions, in this stage, of the instances of this very grid, and `exit_slots` their slots.
+    `continuing` lists their positions in the previous stage. Stage 0 has all instances, and writes neither this list nor its count.
+    `exiting` lists the positions, in this stage, of the instances whose grid is `stage`, and `exit_slots` their slots.
     """
     instance = tl.arange(0, BLOCK_N)
     valid = instance < n
@@ -130,7 +130,7 @@ def _with_tolerance(limit):
 
 @triton.jit
 def _smallest_penalty(logits, n, valid, log_p, weight, limit, COSTS: tl.constexpr, BLOCK_LAMBDAS: tl.constexpr):
-    """The smallest of all instances' indifferences that keeps the mean cost to the limit; 1 more than the largest if none does."""
+    """The smallest `_indifference` of all instances that keeps the mean cost to the limit; the largest plus 1 if none does."""
     largest = tl.zeros(valid.shape, tl.float32)
     for low in tl.static_range(3):
         for high in tl.static_range(low + 1, 4):
@@ -154,7 +154,7 @@ def _smallest_penalty(logits, n, valid, log_p, weight, limit, COSTS: tl.constexp
 
 @triton.jit
 def _indifference(lower, upper, gap: tl.constexpr):
-    """The lambda at which two grids score the same, whose costs are `gap` apart, and a little more, for the division is not exact."""
+    """The lambda at which two grids whose costs differ by `gap` score the same, and slightly more, because the division rounds."""
     return tl.maximum((upper - lower) / gap, 0.0) * (1 + 1e-5) + 1e-6
 
 
@@ -172,6 +172,6 @@ def _size_based(boxes, rows, valid, canvas_area):
 
 @triton.jit
 def _count_before(chosen):
-    """For each instance, how many of those before it are chosen."""
+    """For each instance, the number of chosen instances before it."""
     chosen = chosen.to(tl.int32)
     return tl.cumsum(chosen, axis=0) - chosen

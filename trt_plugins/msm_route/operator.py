@@ -19,6 +19,7 @@ from trt_plugins.operator import (
     TensorSpec,
     Workspace,
     canvas_of,
+    power_of_two,
     times,
 )
 
@@ -49,7 +50,7 @@ class MsmRoute(Operator):
         override: `[n] int64`: `runtime.graph.MSM`, `runtime.graph.SIZE_BASED`, or a grid 0..3.
         slots: `[n] int64`, the detection slot of each instance, 0..B K - 1, none twice; slot k of image b is b K + k.
         budget: `[] float32`, the mean GMAC of the instances, of all images, that are left to the MSM; 0 or less is no budget.
-        map: `[B, any, H, W]` float32 or float16, which covers the canvas with `stride` pixels a cell; it is not read.
+        map: `[B, any, H, W]` float32 or float16, which covers the canvas with `stride` pixels per cell; its values are not read.
 
     Outputs, all int64:
         grids: `[B K]`, of each slot: 0..3, and -1 in an empty slot.
@@ -59,7 +60,7 @@ class MsmRoute(Operator):
         continue_28_count .. continue_112_count, exit_14_count .. exit_112_count: `[]`, the sizes of these lists.
 
     Attributes are `batch` (the largest number of images of a run, which decides the program's width), `stride`, `detections` (K) and
-    `costs` (GMAC an instance at each grid, ascending).
+    `costs` (GMAC per instance at each grid, ascending).
     """
 
     name = "MsmRoute"
@@ -87,7 +88,7 @@ class MsmRoute(Operator):
                 f"give at most {max(MAX_SLOTS // detections, 1)} images of at most {MAX_SLOTS} slots"
             )
         if len(costs) != len(GRIDS) or any(cheap >= dear for cheap, dear in pairwise(costs)):
-            raise self.refuse(f"costs is {list(costs)}; give {len(GRIDS)} that rise, one a grid")
+            raise self.refuse(f"costs is {list(costs)}; give {len(GRIDS)} that rise, one per grid")
 
     def check_inputs(self, inputs: Sequence[TensorSpec]) -> None:
         """Refuse inputs whose number, rank, sizes or types do not fit.
@@ -132,7 +133,7 @@ class MsmRoute(Operator):
         return workspace
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """The grids, then the lists of each stage; without instances too, for the slots and the sizes are written all the same."""
+        """The grids, then the lists of each stage. Without instances too, because the outputs still need their sizes and empty slots."""
         n = inputs[0].size(0)
         slots = inputs[-1].size(0) * self.values["detections"]
         height, width = canvas_of(inputs[-1], self.values["stride"])
@@ -142,7 +143,7 @@ class MsmRoute(Operator):
         arguments = (*given, written["grids"], grids, n, slots, float(height * width))
         launches = [Launch(self._choose_grids(inputs), (1, 1, 1), arguments)]
         for stage, grid in enumerate(GRIDS):
-            # Nothing continues to the first stage: the kernel leaves these two alone there.
+            # Nothing continues to the first stage: the kernel does not write these two there.
             continuing = f"continue_{GRIDS[max(stage, 1)]}"
             names = (continuing, f"exit_{grid}", f"slots_{grid}", f"{continuing}_count", f"exit_{grid}_count")
             lists = [written[name] for name in names]
@@ -180,7 +181,7 @@ class MsmRoute(Operator):
 
 def _program(slots: int) -> tuple[int, int, int]:
     """Instances of the program, lambdas that it tries at a time, and its warps, for this many slots: as many as stay in registers."""
-    block = max(1 << (slots - 1).bit_length(), 16)
+    block = max(power_of_two(slots), 16)
     if block <= 512:
         return block, min(2048 // block, 16), 8
     return block, 4 if block == 1024 else 1, 16

@@ -1,4 +1,4 @@
-"""MsmRoute in PyTorch: lambda by trying every candidate in turn, and the stages' lists by selecting from what went before."""
+"""MsmRoute in PyTorch: lambda by trying every candidate in turn, and each stage's lists by selecting from the stage before."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def msm_route(
     detections: int,
     costs: Sequence[float],
 ) -> list[Tensor]:
-    """The outputs of `MsmRoute`, in their order, from its inputs and attributes; how many images a run may have decides nothing."""
+    """The outputs of `MsmRoute`, in their order, from its inputs and attributes; the attribute `batch` does not matter."""
     canvas = (feature.shape[2] * stride, feature.shape[3] * stride)
     areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
     sides = torch.sqrt(areas / float(canvas[0] * canvas[1])).clamp(min=1e-6)
@@ -34,7 +34,7 @@ def msm_route(
 
 
 def routed_grids(log_probabilities: Tensor, free: Tensor, budget: float, costs: Sequence[float]) -> Tensor:
-    """`[n] int64`: the argmax at the smallest lambda that keeps to the budget, `free [n] bool` the instances that count for it."""
+    """`[n] int64`: the argmax at the smallest lambda that keeps to the budget, `free [n] bool` the instances that it limits."""
     pairs = [
         (log_probabilities[:, dear] - log_probabilities[:, cheap]) / (costs[dear] - costs[cheap])
         for cheap, dear in combinations(range(4), 2)

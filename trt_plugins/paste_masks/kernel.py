@@ -1,4 +1,4 @@
-"""Pasting's kernel: each program writes one block of words, 32 pixels of a row each, of one instance's mask."""
+"""The kernel of PasteMasks: each program writes one block of words, 32 pixels of a row each, of one instance's mask."""
 
 # mypy: ignore-errors
 # Triton's language is untyped.
@@ -20,7 +20,7 @@ def paste_masks(
 ):
     """`bits [n, height, words]` of `logits [n, SIZE, SIZE]` in `boxes [n, 4]`: bit b of word w of a row is its pixel 32 w + b.
 
-    The grid is flat: blocks of words within blocks of rows within instances.
+    The grid has one axis: blocks of words within blocks of rows within instances.
     """
     words = (width + 31) // 32
     word_blocks = tl.cdiv(words, BLOCK_WORDS)
@@ -43,7 +43,7 @@ def paste_masks(
     probability += of_lower[:, None] * of_before[None, :] * _probability(mask, upper + 1, before, inside, SIZE)
     probability += of_lower[:, None] * of_after[None, :] * _probability(mask, upper + 1, before + 1, inside, SIZE)
     covered = tl.reshape((inside & (probability > 0.5)).to(tl.int32), [BLOCK_ROWS, BLOCK_WORDS, 32])
-    # No bit is in two terms: the sum is their union.
+    # Each term has a bit of its own: the sum is their union.
     packed = tl.sum(covered << tl.arange(0, 32)[None, None, :], axis=2)
     target = first_word + tl.arange(0, BLOCK_WORDS)
     places = (instance * height + rows)[:, None] * words + target[None, :]
@@ -56,7 +56,7 @@ def _cells(pixels, start, end, limit, SIZE: tl.constexpr):
     centre = pixels.to(tl.float32) + 0.5
     extent = end - start
     inside = (centre >= start) & (centre < end) & (pixels < limit)
-    # A box without extent holds no centre: its step only has to be a number.
+    # No pixel's centre is in a box without extent; its step must only not be a division by 0.
     position = tl.where(inside, (centre - start) * tl.div_rn(SIZE * 1.0, tl.where(extent > 0, extent, 1.0)) - 0.5, 0.0)
     first = tl.floor(position)
     to_next = position - first

@@ -51,7 +51,7 @@ class PasteMasks(Operator):
             raise self.refuse(f"the boxes are {boxes.shape} {boxes.dtype} of logits {logits.shape}; give [n, 4] float32")
 
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
-        """32 pixels an item."""
+        """int32, 32 pixels per item."""
         return ["int32"]
 
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:

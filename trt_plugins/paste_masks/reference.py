@@ -11,8 +11,8 @@ import numpy.typing as npt
 def paste_masks(logits: npt.NDArray[Any], boxes: npt.NDArray[np.float32], height: int, width: int) -> npt.NDArray[np.bool_]:
     """Logits `[n, G, G]`, boxes `[n, 4]` xyxy in pixels -> masks `[n, height, width] bool`, in float64.
 
-    Cell i of a grid stands at `x0 + (i + 0.5) w / G`, zeros beyond it; a pixel is covered if its centre is in the box and the probability
-    there, interpolated bilinearly, is above 0.5.
+    The centre of cell i of a grid is at `x0 + (i + 0.5) w / G`; beyond the grid the probability is 0. A pixel is covered if its centre is
+    in the box and the probability there, interpolated bilinearly, is above 0.5.
     """
     masks = np.zeros((len(logits), height, width), bool)
     for mask, grid, box in zip(masks, logits.astype(np.float64), boxes.astype(np.float64), strict=True):

@@ -1,6 +1,6 @@
-"""Kernels of Proposals: from the RPN's maps to candidates, from the best of them to boxes, from those kept on all levels to proposals.
+"""Kernels of Proposals, in their order: the RPN's maps to candidates, the best candidates to boxes, the boxes that NMS kept to proposals.
 
-Rows of candidates are the levels of the first image, then those of the next.
+A row of candidates is one level of one image: first the levels of the first image, then those of the next.
 """
 
 # mypy: ignore-errors
@@ -33,7 +33,8 @@ def select_anchors(
 ):
     """The k best of each CHUNK of a level's anchors: maps `[B, ANCHORS, cells_l]` -> candidates `[5 B, chunks * k]`; grid (chunks, 5, B).
 
-    An anchor's index is its place in the order (y, x, anchor). A chunk beyond its level's anchors gives k EMPTY places.
+    An anchor's index is its place in the order (y, x, anchor). A chunk that begins behind its level's last
+    anchor writes k EMPTY candidates.
     """
     level, image = tl.program_id(1), tl.program_id(2)
     cells = of_level(level, cells0, cells1, cells2, cells3, cells4)
@@ -140,9 +141,9 @@ def merge_levels(
     BLOCK: tl.constexpr,
     COMPARED: tl.constexpr,
 ):
-    """The `limit` best of an image's kept on all levels, `kept_keys [B, LEVELS, k]` -> `proposals [B, limit, 4]`, 0 from `count [B]` on.
+    """The `limit` best of the boxes that NMS kept on all levels, `kept_keys [B, LEVELS, k]` -> `proposals [B, limit, 4]` and `count [B]`.
 
-    Grid (blocks of max(LEVELS * k, limit), B).
+    Rows of an image from its count on are 0. Grid (blocks of max(LEVELS * k, limit), B).
     """
     image = tl.program_id(1)
     kept_keys += image * LEVELS * k

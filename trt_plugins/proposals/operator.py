@@ -29,15 +29,21 @@ LEVELS = 5
 class Proposals(Operator):
     """The RPN's proposals of each image (Ren et al., NeurIPS 2015), as `dynamask.detector.select_proposals` finds them.
 
-    Inputs are the logits `[B, A, H_l, W_l]` of five levels, their deltas `[B, 4 A, H_l, W_l]`, all fp32 or all fp16, and the levels' cell
-    anchors `[5, A, 4] float32` (torchvision's `AnchorGenerator.cell_anchors`), xyxy in pixels of the canvas. The canvas is the first
-    level's map times its stride, and every map the canvas over its own stride, rounded up; anchors are canvas // map pixels apart, as
-    torchvision has them.
+    On each level of an image the `per_level` anchors with the highest logits are decoded (weights 1), clipped to the canvas, and go through
+    NMS, all in fp32. The best P = `proposals` boxes of all levels are the image's proposals, by falling logit. Of equal logits, the one of
+    the lower level comes first, then the one of the lower place in the order (y, x, anchor).
 
-    On each level of an image the `per_level` anchors with the highest logits are decoded (weights 1), clipped to the canvas and go through
-    NMS, all in fp32; the best P = `proposals` of those kept are the image's rows of `proposals [B P, 4] float32`, xyxy by falling logit,
-    and 0 in the rows from its `count [B] int32` on. Of equal logits the lower level counts as the higher, then the lower place in the
-    order (y, x, anchor).
+    Inputs, for five levels l:
+        logits: five maps `[B, A, H_l, W_l]`, all float32 or all float16.
+        deltas: five maps `[B, 4 A, H_l, W_l]`, of the same type.
+        anchors: `[5, A, 4] float32`, torchvision's `AnchorGenerator.cell_anchors`, xyxy in pixels of the canvas.
+
+    The canvas is the first level's map times its stride. Every map has the canvas's size divided by its own stride, rounded up. Anchors are
+    canvas // map pixels apart, as in torchvision.
+
+    Outputs:
+        proposals: `[B P, 4] float32`, xyxy in pixels of the canvas; 0 in the rows of an image from its count on.
+        count: `[B] int32`, the number of proposals of each image.
     """
 
     name = "Proposals"
@@ -57,7 +63,7 @@ class Proposals(Operator):
         """
         strides = self.values["strides"]
         if len(strides) != LEVELS or min(strides) < 1:
-            raise self.refuse(f"strides is {list(strides)}; give {LEVELS}, pixels a cell of each level")
+            raise self.refuse(f"strides is {list(strides)}; give {LEVELS}, in pixels per cell")
         if not 1 <= self.values["per_level"] <= LARGEST_K:
             raise self.refuse(f"per_level is {self.values['per_level']}; give 1 to {LARGEST_K}")
         if self.values["proposals"] < 1:
@@ -134,7 +140,7 @@ class Proposals(Operator):
         ]
 
     def _selection(self, inputs: Sequence[TensorSpec]) -> Selection:
-        # A level with fewer anchors than k is padded with EMPTY, so that kernels do not depend on the canvas.
+        # A level with fewer than k anchors is padded with EMPTY: so the compiled kernels do not depend on the canvas.
         k, images = self.values["per_level"], inputs[0].size(0)
         anchors = max(math.prod(spec.size(axis) for axis in (1, 2, 3)) for spec in inputs[:LEVELS])
         return Selection(rows=LEVELS * images, width=chunks(anchors, k) * k, k=k, groups=1)

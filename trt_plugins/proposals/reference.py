@@ -33,7 +33,7 @@ def propose(
 def _of_image(
     logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Tensor, canvas: tuple[int, int], per_level: int, nms_threshold: float
 ) -> Tensor:
-    """All boxes of an image that NMS keeps, best first, `[n, 4]`."""
+    """All boxes of an image that NMS keeps, `[n, 4]`, best first."""
     kept_boxes, kept_scores = [], []
     for logit, delta, cell_anchors in zip(logits, deltas, anchors, strict=True):
         height, width = logit.shape[-2:]

@@ -1,4 +1,4 @@
-"""RoIAlign's kernel: each program computes one block of bins of one RoI, for one block of channels."""
+"""The kernel of RoiAlign: each program computes one block of bins of one RoI, for one block of channels."""
 
 # mypy: ignore-errors
 # Triton's language is untyped.
@@ -48,7 +48,7 @@ def roi_align(
     """`regions [n, CHANNELS, SIZE, SIZE]` of `rois [n, 4]` from `x_l [B, CHANNELS, height_l, width_l]`, l < LEVELS.
 
     A RoI's image is its place // PER_IMAGE, or image 0 if PER_IMAGE is 0; its place is in `places [n]` if PLACED, else its row in `rois`.
-    The grid is flat: blocks of bins within blocks of channels within RoIs, so that neighbours read the same part of a map.
+    The grid has one axis: blocks of bins within blocks of channels within RoIs, so that neighbouring programs read the same part of a map.
     """
     BINS: tl.constexpr = SIZE * SIZE
     BIN_BLOCKS: tl.constexpr = (BINS + BLOCK_BINS - 1) // BLOCK_BINS
@@ -97,7 +97,7 @@ def roi_align(
 
 @triton.jit
 def _level(width, height, LEVELS: tl.constexpr, LOG2_CANONICAL: tl.constexpr):
-    # In the order of dynamask.roi.pyramid_level, each step rounded: an ulp decides at a level's boundary.
+    # The steps of dynamask.roi.pyramid_level, each rounded as there: at the boundary of two levels the last bit decides.
     side = tl.sqrt_rn(tl.maximum(width * height, 1e-6))
     level = tl.floor(4.0 + tl.log2(side) - LOG2_CANONICAL + 1e-6)
     return tl.clamp(level, 2.0, LEVELS + 1.0).to(tl.int32) - 2
@@ -105,7 +105,7 @@ def _level(width, height, LEVELS: tl.constexpr, LOG2_CANONICAL: tl.constexpr):
 
 @triton.jit
 def _span(start, end, scale, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Along one axis, in cells of the map: where a RoI begins and what each of its bins spans."""
+    """Along one axis, in cells of the map: the start of a RoI and the extent of each of its bins."""
     first = start * scale
     last = end * scale
     if ALIGNED:
@@ -119,7 +119,8 @@ def _span(start, end, scale, SIZE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _neighbours(first, step, index, fraction: tl.constexpr, limit):
-    """Along one axis: the two cells around the sample `fraction` into each bin, and their weights, 0 beyond a cell outside the map."""
+    """Along one axis, for the sample at `fraction` of each bin: the two cells around it and their weights, which are 0 more than a cell
+    outside the map."""
     position = first + index * step + fraction * step
     counts = (position >= -1.0) & (position <= limit)
     position = tl.minimum(tl.maximum(position, 0.0), limit - 1.0)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, alike
+from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, alike, power_of_two
 
 MAX_LEVELS = 5
 BLOCK_BINS, BLOCK_ITEMS = 32, 512
@@ -19,8 +19,8 @@ class RoiAlign(Operator):
     Inputs are 1 to 5 maps, all fp32 or all fp16, and the RoIs, xyxy in pixels of the canvas; the output has the maps' type. Sampling is
     torchvision's `roi_align` with `spatial_scale = 1 / stride` and `sampling_ratio = samples`, in fp32.
 
-    With `per_image` above 0, RoI i is of image `i // per_image` or, with a last input `places [n] int64`, of image
-    `places[i] // per_image`. With 0, all RoIs are of the one image that the maps hold.
+    With `per_image` above 0, RoI i belongs to image `i // per_image` or, with a last input `places [n] int64`, to image
+    `places[i] // per_image`. With 0, the maps hold one image, and all RoIs belong to it.
 
     Several maps are consecutive levels from P2 on. The level of a RoI is `floor(4 + log2(sqrt(w h) / canonical_size))`, clamped to these
     levels (Lin et al., CVPR 2017, Eq. 1); `canonical_size` is in pixels.
@@ -45,7 +45,7 @@ class RoiAlign(Operator):
         """
         strides = self.values["strides"]
         if not 1 <= len(strides) <= MAX_LEVELS or min(strides) < 1:
-            raise self.refuse(f"strides is {list(strides)}; give one to {MAX_LEVELS}, pixels a cell of each map")
+            raise self.refuse(f"strides is {list(strides)}; give one to {MAX_LEVELS}, in pixels per cell")
         for name in ("size", "samples"):
             if self.values[name] < 1:
                 raise self.refuse(f"{name} is {self.values[name]}; give 1 or more")
@@ -79,7 +79,7 @@ class RoiAlign(Operator):
             raise self.refuse(f"the RoIs are {rois.shape} {rois.dtype}; give [n, 4] float32")
         for spec in places:
             if len(spec.shape) != 1 or not alike(spec.shape[0], rois.shape[0]) or spec.dtype != "int64":
-                raise self.refuse(f"the places are {spec.shape} {spec.dtype} of RoIs {rois.shape}; give [n] int64, one a RoI")
+                raise self.refuse(f"the places are {spec.shape} {spec.dtype} of RoIs {rois.shape}; give [n] int64, one per RoI")
 
     def output_types(self, inputs: Sequence[DType]) -> list[DType]:
         """The maps' type."""
@@ -128,14 +128,10 @@ class RoiAlign(Operator):
 
     def _block(self, channels: int) -> tuple[int, int]:
         """Channels and bins of a program."""
-        bins = min(_power_of_two(self.values["size"] ** 2), BLOCK_BINS)
-        return min(_power_of_two(channels), BLOCK_ITEMS // bins), bins
+        bins = min(power_of_two(self.values["size"] ** 2), BLOCK_BINS)
+        return min(power_of_two(channels), BLOCK_ITEMS // bins), bins
 
 
 def _fill(levels: Sequence[Any]) -> list[Any]:
-    """The kernel has arguments for `MAX_LEVELS` levels: the last one fills the rest, which are never chosen."""
+    """`levels`, extended to the `MAX_LEVELS` that the kernel has arguments for: the last one is repeated. The copies are never chosen."""
     return [*levels, *[levels[-1]] * (MAX_LEVELS - len(levels))]
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()

@@ -21,8 +21,8 @@ def roi_align(
     per_image: int = 0,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Maps `[B, C, H_l, W_l]`, rois `[n, 4] float32` xyxy and their places `[n] int64`, by default their own order ->
-    `[n, C, size, size]` of the maps' type, computed in fp32."""
+    """Maps `[B, C, H_l, W_l]`, RoIs `[n, 4] float32` xyxy and their places `[n] int64` (by default 0..n - 1) -> `[n, C, size, size]` of the
+    maps' type, computed in fp32."""
     places = torch.arange(len(rois)) if places is None else places
     regions = maps[0].new_empty((len(rois), maps[0].shape[1], size, size))
     for index, roi in enumerate(rois):

@@ -19,7 +19,7 @@ MAX_LOG_SCALE = tl.constexpr(4.135166556742356)
 
 @triton.jit
 def score_key(score):
-    """fp32 scores -> keys."""
+    """fp32 scores -> `int32` keys in the same order."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -144,9 +144,9 @@ def _pack(bits, bit):
 def suppress(keys, better, kept_keys, kept_counts, k, words, WORDS: tl.constexpr):
     """Greedy NMS: `keys [rows, k]`, best first, and `overlaps`' bits -> `kept_keys [rows, k]`, EMPTY where not kept, and how many are.
 
-    One program a row, 32 boxes at a time. Boxes that no kept box of earlier words overlaps are free. Among them, the greedy choice is the
-    only fixed point of "free, and no kept better box overlaps it"; the iteration from "all free" reaches it in at most 32 steps. The next
-    32 boxes are loaded meanwhile. `words` is k / 32, rounded up, and WORDS the next power of two.
+    One program per row, 32 boxes at a time. Boxes that no kept box of earlier words overlaps are free. Among them, the greedy choice is the
+    only fixed point of "free, and no kept better box overlaps it"; the iteration from "all free" reaches it in at most 32 steps. The
+    next 32 boxes are loaded meanwhile. `words` is k / 32, rounded up, and WORDS the next power of two.
     """
     row = tl.program_id(0)
     bit, word = tl.arange(0, 32), tl.arange(0, WORDS)

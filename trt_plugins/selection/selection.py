@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trt_plugins.operator import Buffer, KernelSpec, Launch, Workspace
+from trt_plugins.operator import Buffer, KernelSpec, Launch, Workspace, power_of_two
 
 KERNELS = "trt_plugins.selection.kernel"
 LARGEST_CHUNK = 2**13
-"""The most candidates of one program: 16 a thread, because more do not fit the registers."""
+"""The most candidates of one program: 16 per thread, because more do not fit the registers."""
 LARGEST_K = LARGEST_CHUNK // 2
 RANKED = 2048
 """Rows up to this width are sorted by comparing all with all; wider rows are first reduced by `top_k`."""
 RANKED_BLOCK = 32
 """Candidates that a program ranks."""
 COMPARED_BLOCK = 128
-"""Candidates that it compares them with at a time."""
+"""Candidates that they are compared with at a time."""
 OVERLAPS_BLOCK = 64
 
 
@@ -121,15 +121,10 @@ def chunk(k: int) -> int:
 
 
 def chunk_warps(k: int) -> int:
-    """Warps of this program."""
+    """Warps of a program that selects from a `chunk(k)`."""
     return max(1, chunk(k) // 512)
 
 
 def chunks(width: int, k: int) -> int:
-    """Programs for a row."""
+    """Programs for a row of `width` candidates."""
     return -(-width // chunk(k))
-
-
-def power_of_two(size: int) -> int:
-    """`size`, rounded up to a power of two."""
-    return 1 << (size - 1).bit_length()
