@@ -326,7 +326,7 @@ EARLIER_NAMES = {
     "train.evaluate_every": "train.evaluate_every_epochs",
     "train.checkpoint_every": "train.checkpoint_every_steps",
 }
-"""Fields by the names that they had in checkpoints and runs of earlier versions."""
+"""Fields by the names that they had in earlier versions: checkpoints, YAML files and `--set` may still use them."""
 
 
 def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> Config:
@@ -347,7 +347,7 @@ def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> C
     if name_or_file in CONFIGS:
         tree = CONFIGS[name_or_file].model_dump(mode="json")
     elif Path(name_or_file).is_file():
-        tree = _read_yaml(Path(name_or_file))
+        tree = with_current_names(_read_yaml(Path(name_or_file)), name_or_file)
     else:
         raise InputError(f"{name_or_file} is neither a file nor a named configuration: choose one of {', '.join(CONFIGS)}.")
     return parse_config(_replace(tree, overrides or {}), name_or_file)
@@ -362,17 +362,28 @@ def load_run_config(run: Path, overrides: dict[str, Any] | None = None) -> Confi
     path = run / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run} holds no run: name the folder of one with --output, or begin one with --config.")
-    return parse_config(_replace(with_current_names(_read_yaml(path)), overrides or {}), str(path))
+    return parse_config(_replace(with_current_names(_read_yaml(path), str(path)), overrides or {}), str(path))
 
 
-def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """A stored configuration in which fields have the names of this version (`EARLIER_NAMES`)."""
+def with_current_names(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """A configuration in which fields have the names of this version (`EARLIER_NAMES`).
+
+    Raises:
+        InputError: the configuration, which stands in `where`, gives a field by both names.
+    """
     tree = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for earlier, current in EARLIER_NAMES.items():
         section, name = earlier.split(".")
-        if name in tree.get(section, {}):
-            tree[section][current.split(".")[1]] = tree[section].pop(name)
+        fields = tree.get(section)
+        if isinstance(fields, dict) and name in fields:
+            _refuse_both_names(earlier, current.split(".")[1] in fields, where)
+            fields[current.split(".")[1]] = fields.pop(name)
     return tree
+
+
+def _refuse_both_names(earlier: str, current_is_given: bool, where: str) -> None:
+    if current_is_given:
+        raise InputError(f"{where}: {earlier} and {EARLIER_NAMES[earlier]} are the same field: give only {EARLIER_NAMES[earlier]}.")
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
@@ -381,10 +392,6 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
     Raises:
         InputError: names `where` the data stood, and the first field that does not fit.
     """
-    for earlier, current in EARLIER_NAMES.items():
-        section, name = earlier.split(".")
-        if isinstance(tree.get(section), dict) and name in tree[section]:
-            raise InputError(f"{where}: {earlier} is now {current}: use this name.")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -432,9 +439,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _replace(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
         if key in EARLIER_NAMES:
-            raise InputError(f"{key} is now {EARLIER_NAMES[key]}: use this name.")
+            _refuse_both_names(key, EARLIER_NAMES[key] in overrides, "--set")
         node = tree
-        *sections, leaf = key.split(".")
+        *sections, leaf = EARLIER_NAMES.get(key, key).split(".")
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):

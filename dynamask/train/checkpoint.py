@@ -87,7 +87,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     tensors, fields = _read(path, "checkpoint")
     tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
-    return Checkpoint(parse_config(with_current_names(fields["config"]), str(path)), fields["classes"], tensors, fields["extra"])
+    return Checkpoint(parse_config(with_current_names(fields["config"], str(path)), str(path)), fields["classes"], tensors, fields["extra"])
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, Config, list[dict[str, Any]]]:
@@ -173,7 +173,7 @@ def load_state(path: str | os.PathLike[str]) -> TrainingState:
     """
     tensors, fields = _read(path, "state")
     return TrainingState(
-        config=parse_config(with_current_names(fields["config"]), str(path)),
+        config=parse_config(with_current_names(fields["config"], str(path)), str(path)),
         classes=fields["classes"],
         weights=_under(tensors, _WEIGHTS),
         momentum=_under(tensors, _MOMENTUM),
