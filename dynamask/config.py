@@ -172,6 +172,9 @@ class TrainConfig(_Strict):
     """Learning rate at a batch of 16; scaled in proportion to the batch."""
     rate_drop_epochs: tuple[NotNegative, ...] = (8.0, 11.0)
     """Epochs of phase 2 after which the learning rate falls to a tenth."""
+    cosine: bool = False
+    """Let the learning rate fall to 0 along half a cosine over the steps after the warm-up, in place of the drops
+    (Loshchilov and Hutter 2017)."""
     warmup_steps: Whole = 500
     """First steps of the run, over which the learning rate rises linearly."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -194,8 +197,8 @@ class TrainConfig(_Strict):
     """Seed of all randomness in the run."""
     checkpoint_every_steps: Whole = 500
     """Steps between checkpoints. One is also written at each epoch's end, at each evaluation and on Ctrl-C; 0 writes only these."""
-    evaluate_every_epochs: NotNegative = 1.0
-    """Epochs between evaluations; 0 evaluates only at the end."""
+    evaluate_every_epochs: NotNegative | None = 1.0
+    """Epochs between evaluations; 0 evaluates only at the end, null never."""
     evaluate_images: Count = 100
     """Validation images in an evaluation: the first ones."""
     pictures: int = Field(default=4, ge=0, le=4)

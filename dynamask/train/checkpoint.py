@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamask.config import Config, parse_config, with_current_names
+from dynamask.train.transfer import with_rows_of_classes
 from runtime.errors import InputError
 from runtime.files import atomic_path
 
@@ -121,12 +122,19 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str | os.Pa
     model.load_state_dict(tensors)
 
 
-def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike[str], without: str | None = None) -> list[str]:
-    """Copy the tensors whose name and shape fit, for fine-tuning on other classes; returns the names of the model's other tensors.
+def start_from(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    path: str | os.PathLike[str],
+    without: str | None = None,
+    classes: list[dict[str, Any]] | None = None,
+) -> list[str]:
+    """Copy the tensors whose name and shape fit, for fine-tuning; returns the names of the model's other tensors.
 
     Args:
         model: changed in place.
         checkpoint: of a model of the same preset.
+        classes: the model's; with them, layers that depend on the classes are taken over too (`with_rows_of_classes`).
         path: of the checkpoint, for the message.
         without: prefix of the names of tensors that are left out.
 
@@ -134,7 +142,8 @@ def start_from(model: nn.Module, checkpoint: Checkpoint, path: str | os.PathLike
         InputError: nothing fits.
     """
     expected = model.state_dict()
-    offered = {name: tensor for name, tensor in checkpoint.tensors.items() if without is None or not name.startswith(without)}
+    tensors = checkpoint.tensors if classes is None else with_rows_of_classes(checkpoint.tensors, checkpoint.classes, classes)
+    offered = {name: tensor for name, tensor in tensors.items() if without is None or not name.startswith(without)}
     fitting = {name: tensor for name, tensor in offered.items() if name in expected and expected[name].shape == tensor.shape}
     if not fitting:
         raise InputError(f"{path} has no tensor that fits this model (it holds a {checkpoint.config.model.preset}): choose its preset.")

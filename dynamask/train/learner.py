@@ -68,7 +68,8 @@ def load_initial_weights(model: DynaMask, config: Config, message: Callable[[str
     """
     source = config.weights
     if is_checkpoint(source):
-        random = start_from(model, load_checkpoint(source), source, MASK_BRANCH if config.weights_part == "detector" else None)
+        without = MASK_BRANCH if config.weights_part == "detector" else None
+        random = start_from(model, load_checkpoint(source), source, without, model.classes)
         unfit = [name for name in random if not name.startswith(MASK_BRANCH)]
         if unfit and config.keeps_detector:
             raise InputError(

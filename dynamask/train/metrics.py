@@ -87,4 +87,4 @@ def write_metrics(output: Path, progress: Progress, schedule: Schedule, data: di
 
 def interrupted(progress: Progress, schedule: Schedule) -> bool:
     """Whether steps, or the evaluation after the last one, are still to be done."""
-    return progress.step < schedule.total_steps or not progress.evaluated
+    return progress.step < schedule.total_steps or (schedule.evaluates(progress.step) and not progress.evaluated)

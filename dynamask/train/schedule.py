@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,20 +50,34 @@ class Schedule:
         return step / self.steps_per_epoch
 
     def rate(self, step: int) -> float:
-        """Learning rate: in proportion to the batch, linear warm-up over the first steps, a tenth after each drop."""
-        drops = sum((step - self.phase1_steps) / self.steps_per_epoch >= drop for drop in self.config.rate_drop_epochs)
+        """Learning rate: in proportion to the batch, linear warm-up over the first steps, then falling by the drops or the cosine."""
         warmup = min(1.0, (step + 1) / self.config.warmup_steps) if self.config.warmup_steps > 0 else 1.0
-        return self.config.learning_rate * self.config.batch / 16 * warmup * 0.1**drops
+        falling = self._cosine(step) if self.config.cosine else self._drops(step)
+        return self.config.learning_rate * self.config.batch / 16 * warmup * falling
+
+    def _drops(self, step: int) -> float:
+        """The factor of the learning rate: a tenth after each drop."""
+        epoch = (step - self.phase1_steps) / self.steps_per_epoch
+        return float(0.1 ** sum(epoch >= drop for drop in self.config.rate_drop_epochs))
+
+    def _cosine(self, step: int) -> float:
+        """The factor of the learning rate: 1 until the end of the warm-up, 0 after the last step."""
+        warmup = self.config.warmup_steps
+        done = max(0, step - warmup) / max(1, self.total_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due once `step` steps are done."""
-        every = round(self.config.evaluate_every_epochs * self.steps_per_epoch)
-        return step == self.total_steps or (self.config.evaluate_every_epochs > 0 and step > 0 and step % max(1, every) == 0)
+        epochs = self.config.evaluate_every_epochs
+        if epochs is None:
+            return False
+        every = round(epochs * self.steps_per_epoch)
+        return step == self.total_steps or (epochs > 0 and step > 0 and step % max(1, every) == 0)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` steps are done."""
         periodic = self.config.checkpoint_every_steps > 0 and step % self.config.checkpoint_every_steps == 0
-        return periodic or step % self.steps_per_epoch == 0 or self.evaluates(step)
+        return periodic or step % self.steps_per_epoch == 0 or step == self.total_steps or self.evaluates(step)
 
     def seed(self, step: int, rank: int = 0) -> int:
         """The seed of the step's own randomness (sampled RoIs, Gumbel noise) in the process `rank`."""

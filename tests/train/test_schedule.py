@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from dynamask.config import TrainConfig
@@ -23,8 +24,18 @@ def test_rate_warms_up_and_drops_after_the_epochs_of_phase_two() -> None:
     assert [schedule.rate(step) for step in range(8)] == pytest.approx(expected)
 
 
+def test_a_cosine_falls_from_the_end_of_the_warm_up_to_zero() -> None:
+    schedule = Schedule(RECIPE.model_copy(update={"cosine": True}), images=10)  # 8 steps, 2 of them warm-up
+    full = 0.02 * 4 / 16
+    falling = full * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
+    assert [schedule.rate(step) for step in range(8)] == pytest.approx([full / 2, full, *falling])
+
+
 def test_evaluation_is_due_every_epoch_and_at_the_end() -> None:
     assert [step for step in range(9) if Schedule(RECIPE, images=10).evaluates(step)] == [2, 4, 6, 8]
+    never = RECIPE.model_copy(update={"evaluate_every_epochs": None})
+    assert not any(Schedule(never, images=10).evaluates(step) for step in range(9))
+    assert Schedule(never, images=10).saves(8)
     seldom = RECIPE.model_copy(update={"evaluate_every_epochs": 0.0})
     assert [step for step in range(9) if Schedule(seldom, images=10).evaluates(step)] == [8]
 
