@@ -27,7 +27,7 @@ class Peer(str, enum.Enum):
 
 
 class PeerSize(str, enum.Enum):
-    """The peer's input: the bundle's canvas, or what the peer is usually run at (shorter side 800, longer at most 1333)."""
+    """The peer's input size: the bundle's canvas, or the peer's usual size (shorter side 800, longer side at most 1333)."""
 
     same = "same"
     usual = "usual"
@@ -132,7 +132,7 @@ def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
     preset, classes = model.config.model.preset, len(model.classes)
     if preset != manifest.preset or classes != len(manifest.classes):
         ours, theirs = f"{preset}, {classes} classes", f"{manifest.preset}, {len(manifest.classes)} classes"
-        raise InputError(f"{checkpoint} ({ours}) is not what the bundle ({theirs}) was exported from; give that checkpoint.")
+        raise InputError(f"{checkpoint} ({ours}) is not the checkpoint that the bundle ({theirs}) was exported from; give that one.")
     torch.set_num_threads(threads or usable_cores())
     branch = model.mask_branch
     for module in branch.modules():

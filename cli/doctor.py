@@ -10,7 +10,7 @@ from cli.options import Json
 def doctor(
     json: Json = None,
 ) -> None:
-    """Say what this machine can run, and how to get the rest.
+    """List the targets that this machine can run, and how to install the others.
 
     Example: dynamask doctor --json machine.json
     """

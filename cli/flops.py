@@ -23,7 +23,7 @@ def flops(
     from runtime.files import write_json
 
     if model not in PRESETS:
-        raise InputError(f"--model {model} is no preset: choose {' or '.join(PRESETS)}.")
+        raise InputError(f"--model {model} is not a preset: choose {' or '.join(PRESETS)}.")
 
     result = _count(model, classes)
     if json is not None:

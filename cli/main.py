@@ -1,4 +1,4 @@
-"""`dynamask`: the command line. Each command's module imports what it needs only when it runs, so that help stays instant."""
+"""`dynamask`: the command line. The commands import other packages only when they run, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def run(command: typer.Typer, name: str, arguments: Sequence[str] | None = None)
     except Exception as error:
         return _fail(_unexpected_sentence(error), 1)
     if status == INTERRUPTED:
-        return _fail("Interrupted: what was finished is kept, nothing half-written is left.", INTERRUPTED)
+        return _fail("Interrupted: finished files are kept, and no half-written file is left.", INTERRUPTED)
     if not status and (lost := terminal.failed_output()) is not None:
         cause, way_out = failure(lost)
         return _fail(f"Standard output could not be written ({cause}): {way_out}.", 1)
@@ -139,7 +139,7 @@ def _unexpected_sentence(error: Exception) -> str:
         _, way_out = failure(error, "check the path, its permissions and the disk")
         return f"{error.filename or 'A file'} could not be read or written ({error.strerror}): {way_out}."
     if isinstance(error, MemoryError):
-        return "The memory is used up: use a smaller batch, image or number of workers."
+        return "There is not enough memory: use a smaller batch, smaller images or fewer workers."
     lines = str(error).splitlines()
     cause = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return f"An unexpected error ({cause}): please report it with what DYNAMASK_TRACEBACK=1 shows."

@@ -15,7 +15,7 @@ POLICIES_HELP = (
 
 
 def check_file(path: Path | None) -> Path | None:
-    """Refuse a file that cannot be written, before the work whose result it is for (`runtime.files.check_file`).
+    """Refuse a file that cannot be written, before any work is done (`runtime.files.check_file`).
 
     Raises:
         InputError: it is a folder, or its folder cannot be made or written.

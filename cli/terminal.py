@@ -1,4 +1,4 @@
-"""Standard output and standard error that may be closed, end early or know few characters."""
+"""Makes standard output and standard error safe to print to, even if they are closed, end early or lack characters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ASCII = {"→": "->", "–": "-", "—": "-", "−": "-", "…": "...", "×": "
 
 
 class Stream(io.RawIOBase):
-    """A descriptor that writes never fail on: after the first error, the rest is thrown away.
+    """A descriptor on which a write never fails: after the first error, all further output is discarded.
 
-    A command whose reader has gone (`| head`) thus still finishes its files. `error` says why writing ended.
+    So a command whose reader has gone (`| head`) still finishes its files. `error` is that first error.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -46,13 +46,13 @@ def prepare() -> None:
 
     - A closed descriptor (`>&-`) becomes the null device, so that no file of ours gets its number.
     - A write that fails ends the printing, not the command: see `Stream`.
-    - A character that the encoding lacks is replaced, and bytes of a file's name that are no UTF-8 are shown as `\\xNN`.
+    - A character that the encoding lacks is replaced, and bytes of a file's name that are not UTF-8 are shown as `\\xNN`.
     """
     _open_closed_descriptors()
     codecs.register_error("dynamask", _replacement)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        # Tests and notebooks put streams of their own there, which are left alone.
+        # Tests and notebooks put their own streams there, which stay as they are.
         if stream is None or (stream is getattr(sys, f"__{name}__") and _is_text(stream)):
             setattr(sys, name, _wrap(stream, descriptor))
 
@@ -97,6 +97,6 @@ def _substitute(character: str) -> str:
     if character in _ASCII:
         return _ASCII[character]
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # How Python stands for a byte that is no UTF-8.
+    if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte that is not UTF-8.
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("ascii", "backslashreplace").decode("ascii")

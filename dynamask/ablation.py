@@ -202,7 +202,7 @@ def run_plan(path: Path, output: Path, quiet: bool = False) -> dict[str, Any]:
 def markdown(table: dict[str, Any]) -> str:
     """The text of `table.md`, from the result of `run_plan`."""
     heads = ["row", "grids", "AP", "AP50", "AP75", "boundary AP", "box AP", "mean GMAC", "14 / 28 / 56 / 112 %", "GMAC at each grid"]
-    heads += ["GMAC an image", "training s", "evaluation s", "seeds"]
+    heads += ["GMAC per image", "training s", "evaluation s", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in table["rows"]:
         cells = [row["name"], row["policy"], *(_cell(row[name], 1) for name in ("AP", "AP50", "AP75", "boundary_AP", "box_AP"))]
@@ -249,7 +249,7 @@ def _evaluate(config: Config, folder: Path, policies: tuple[str, ...]) -> dict[s
     checkpoint, kept = folder / "model.safetensors", folder / "evaluations.json"
     subject = {"checkpoint": sha256(checkpoint), "images": config.train.evaluate_images}
     known: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    if known.get("judged") != subject:  # the key that such files had so far
+    if known.get("judged") != subject:  # the key of files of earlier versions
         known = {"judged": subject, "policies": {}}
     missing = [policy for policy in policies if policy not in known["policies"]]
     if missing:

@@ -9,7 +9,7 @@ from torchvision.ops import deform_conv2d
 
 TAPS = 9
 AT_ONCE = 16
-"""Instances that are sampled together where no gradient is wanted: all of a crowded image at 112 x 112 would be gigabytes for `r50`."""
+"""Instances sampled at a time without gradients: all instances of a crowded image at 112 x 112 would take gigabytes for `r50`."""
 
 
 class DeformConv2d(nn.Module):

@@ -27,7 +27,7 @@ BOX_REGION = 7
 RPN_NMS_THRESHOLD = 0.7
 """IoU above which the RPN's NMS drops a proposal, in training and at inference (Ren et al., NeurIPS 2015)."""
 CANDIDATES_PER_DETECTION = 10
-"""At inference, the scores that go through the box head's NMS are ten for each detection slot."""
+"""At inference, this many scores per detection slot go through the box head's NMS."""
 
 
 class Detections(NamedTuple):

@@ -1,8 +1,8 @@
 """Training in several processes that `torchrun` has started; in a single process nothing here has an effect.
 
-PyTorch's DistributedDataParallel averages the processes' gradients. That is the gradient of the whole batch only for losses that are means
-over equally many items each; the mask branch's are means over instances, of which each process has another number. `instances_per_process`
-and `batch_mean` make them equal to those of one process with the whole batch.
+PyTorch's DistributedDataParallel averages the processes' gradients. That is the gradient of the whole batch only if each process's loss
+is a mean over the same number of items. The mask branch's losses are means over instances, and processes differ in their number.
+`instances_per_process` and `batch_mean` make them equal to those of one process with the whole batch.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ PAPER_GMACS: tuple[float, float, float, float] = (0.23, 0.62, 1.01, 1.40)
 class MacCounter:
     """Counts the multiply-accumulates of the convolutions (deformable, transposed) and linear layers that run while it is open.
 
-    The counts stand under the modules' names, `{name: MACs}`. Element-wise work, sampling and pooling are not counted, as in the paper.
+    The counts have the modules' names, `{name: MACs}`. Element-wise work, sampling and pooling are not counted, as in the paper.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
 """The mask branch: the part of the model that runs once per instance, on the instances that the detector found.
 
-`MaskBranch` is all that the detector, the trainer, evaluation, pictures and export ask of it. `DynamicMaskBranch` is the paper's;
+`MaskBranch` is the interface that the detector, the trainer, evaluation, pictures and export use. `DynamicMaskBranch` is the paper's;
 `dynamask/baselines.py` has Mask R-CNN's. `dynamask.model.build_mask_branch` chooses one.
 """
 
@@ -146,7 +146,7 @@ class MaskBranch(nn.Module, ABC):
         return self.costs * (PAPER_GMACS[-1] / self.costs[-1])
 
     def gmacs_of_paper(self, paper_gmacs: float) -> float:
-        """The GMAC of this branch that are the same share of its largest cost as `paper_gmacs` of the paper's."""
+        """`paper_gmacs`, in the unit in which 112 x 112 costs 1.40, as GMAC of this branch: the same share of the largest cost."""
         return paper_gmacs / PAPER_GMACS[-1] * float(self.costs[-1])
 
 

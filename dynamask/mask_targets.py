@@ -18,7 +18,7 @@ def grid_targets(masks: Tensor, rois: Tensor, matched: Tensor | None = None) -> 
     """
     if matched is None:
         matched = torch.arange(len(rois), device=rois.device)
-    # Many RoIs share a mask: each is converted once, not once a RoI, which at 800 x 1344 would be 4 MB for each.
+    # Many RoIs share a mask: each mask is converted once, not once per RoI, which would take 4 MB per RoI at 800 x 1344.
     used, index = torch.unique(matched, return_inverse=True)
     boxes = torch.cat([index[:, None].to(rois.dtype), rois[:, 1:]], dim=1)
     largest = roi_align(masks[used, None].float(), boxes, (GRIDS[-1], GRIDS[-1]), 1.0, 2, aligned=True)

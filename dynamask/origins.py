@@ -40,23 +40,23 @@ class Origin:
     left_out: str = r"(?!)"
     """Matches the beginning of names that are known to have no place in our model."""
     provides: tuple[str, ...] = ("backbone.", "rpn.", "roi_heads.")
-    """Beginnings of our names of which every tensor must be there."""
+    """Prefixes of our names: every tensor of ours with such a prefix must be in the file."""
     background_last: bool = False
     """Class C is background; the box deltas have no rows for it."""
     own_strides: bool = False
     """Whether its ResNets may have MSRA's strides without showing it in their batch norm."""
     note: str = ""
-    """What of its conventions our model cannot have."""
+    """Its conventions that our model cannot follow."""
 
     def rename(self, name: str) -> str:
-        """Our name of its tensor; one that the model has not, if there is none."""
+        """Our name of its tensor; if we have none, a name that the model does not have."""
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
 
 
 _SAMPLING = (
-    "it samples box features half a pixel apart from ours (RoIAlign aligned, as many samples a bin as pixels; ours: not aligned, 2 x 2)"
+    "it samples box features half a pixel apart from ours (RoIAlign aligned, with one sample per pixel of a bin; ours: not aligned, 2 x 2)"
     " and rounds no anchors: boxes move a little until the model is fine-tuned"
 )
 
@@ -100,7 +100,7 @@ DYNAMASK = replace(
         (r"^roi_head\.mask_head\.stages\.0\.instance_logits\.", MASKS + "0."),
     ),
     left_out=r"roi_head\.(mask_predictor|mask_head\.(final_|stages\.[12]|stages\.0\.(?!instance_logits)))",
-    note="its finer stages, edge heads and mask predictor are built otherwise than the paper's, and begin afresh; " + _SAMPLING,
+    note="its finer stages, edge heads and mask predictor differ from the paper's, so those keep random weights; " + _SAMPLING,
 )
 DETECTRON2 = Origin(
     name="Detectron2",
@@ -152,13 +152,13 @@ def origin_of(state: Mapping[str, Tensor], file: str) -> Origin:
     """The library whose names the file has.
 
     Raises:
-        InputError: none's, or those of mmdetection before version 2, which laid boxes out otherwise.
+        InputError: no library has these names, or they are those of mmdetection 1, which has another layout of boxes.
     """
     for origin in _ORIGINS:
         if origin.mark in state:
             return origin
     if "bbox_head.fc_cls.weight" in state:
-        raise InputError(f"{file} is of mmdetection 1: make it one of version 2 with mmdetection's upgrade_model_version.py.")
+        raise InputError(f"{file} is of mmdetection 1: convert it to version 2 with mmdetection's upgrade_model_version.py.")
     raise InputError(
         f"{file} begins with the tensor {next(iter(state), '(none)')}, as in no backbone or Mask R-CNN known here:"
         " give weights of torchvision, timm, mmdetection or Detectron2."
@@ -170,13 +170,13 @@ def our_names(origin: Origin, state: Mapping[str, Tensor], own: Sequence[str]) -
     taken = [name for name in state if not re.match(origin.left_out, name) and not is_counter(name)]
     if origin is not EFFICIENTNET_PACKAGE:
         return {name: origin.rename(name) for name in taken}
-    # The packages name their tensors otherwise than timm, but list them in the same order.
+    # The packages' names are not timm's, but the order is the same.
     bodies = [name for name in own if name.startswith(BODY) and not is_counter(name)]
     return {name: bodies[i] if i < len(bodies) and _leaf(name) == _leaf(bodies[i]) else name for i, name in enumerate(taken)}
 
 
 def is_counter(name: str) -> bool:
-    """Whether the tensor counts batch norm's batches, which nothing here reads and not every file has."""
+    """Whether the tensor is a counter of batch norm, which nothing here reads and some files lack."""
     return name.endswith(".num_batches_tracked")
 
 
@@ -223,7 +223,7 @@ def of_our_classes(tensors: dict[str, Tensor], rows: Sequence[int], background_l
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a model expects of its input: `(value of 0..255 - mean) / std`, mean and std in the order R, G, B."""
+    """The normalisation of a model's input, `(value of 0..255 - mean) / std`; mean and std in the order R, G, B."""
 
     mean: tuple[float, ...] = (123.675, 116.28, 103.53)
     std: tuple[float, ...] = (58.395, 57.12, 57.375)
@@ -240,7 +240,7 @@ def resnet_pixels(origin: Origin, state: Mapping[str, Tensor], tensors: Mapping[
     stage's stride in its first 1 x 1 convolution. Detectron2's `pixel_mean` and `pixel_std`, where the file has them, come before that.
 
     Args:
-        origin: whose names `state`, the file's tensors, has.
+        origin: the library whose names `state`, the file's tensors, has.
         tensors: the same, by our names.
         backbone: the model's, as in its configuration.
         file: for the messages.

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: a backbone's from a library, an installed package or a file; a whole detector's from a file."""
+"""Loads weights of other libraries: a backbone's from a library, a package or a file, or a whole detector's from a file."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ _AFRESH = (PREDICTOR, "mask_branch.")
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What became of a file's tensors and of the model's; printed as a short table."""
+    """Which tensors of a file and of the model were used; printed as a short table."""
 
     file: str
     origin: str
     matched: tuple[str, ...]
     """The model's tensors that were filled."""
     renamed: tuple[str, ...]
-    """Those of them that the file names otherwise."""
+    """Those of them that have another name in the file."""
     left: tuple[str, ...]
     """The file's tensors that have no place in the model, as expected."""
     changed: tuple[str, ...]
@@ -60,7 +60,7 @@ class WeightsReport:
 
     def __str__(self) -> str:
         rows = [("taken over", self.matched), ("left out", self.left)]
-        rows += [("other classes or shape, afresh", self.changed), ("afresh", self.missing)]
+        rows += [("random: other classes or shape", self.changed), ("random: not in the file", self.missing)]
         lines = [f"  {label:<31}{len(names):>4}  {_parts(names)}" for label, names in rows if names]
         if self.renamed:
             lines[0] += f" ({len(self.renamed)} renamed)"
@@ -81,10 +81,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # PyTorch's own words for the second recommend to load it unsafely.
+        # PyTorch's own message for the second case recommends unsafe loading.
         fault = "it is none, or holds objects" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
         raise InputError(
-            f"{path} is no readable file of plain weights ({fault}):"
+            f"{path} cannot be read as a file of plain weights ({fault}):"
             " copy it again if it was cut short, or save the model's state_dict() alone, with torch.save."
         ) from error
     for key in ("state_dict", "model"):
@@ -99,10 +99,10 @@ def load_weights(model: DynaMask, source: str) -> str:
 
     Args:
         model: its `config.model.backbone` decides which weights fit.
-        source: `none`, `imagenet`, or a file. Whose it is, its names tell (`dynamask.origins`).
+        source: `none`, `imagenet`, or a file. The names of its tensors tell which library it is from (`dynamask.origins`).
 
     Raises:
-        InputError: the weights cannot be had or do not fit; the model is then unchanged.
+        InputError: the weights cannot be found or do not fit; the model is then unchanged.
     """
     if source == "none":
         return "random weights"
@@ -119,9 +119,9 @@ def take_over(model: DynaMask, state: dict[str, Tensor], origin: Origin, file: s
     """Load a file's tensors, converted to our conventions, into the model.
 
     Args:
-        model: of any number of classes: where they are not the file's, what depends on them begins afresh.
+        model: of any number of classes. If they are not the file's classes, the parts that depend on them keep random weights.
         state: the file's tensors.
-        origin: whose names they have.
+        origin: the library whose names they have.
         file: for the messages.
         epsilon_free: the source's batch norm adds no epsilon to the variance.
 
@@ -184,7 +184,7 @@ def _check_names(names: dict[str, str], own: dict[str, Tensor], origin: Origin, 
 
 
 def _changed_shapes(tensors: dict[str, Tensor], own: dict[str, Tensor], file: str, known: Sequence[str]) -> list[str]:
-    """Names of tensors of another shape than the model's, beside the `known`; an error where they may not begin afresh."""
+    """Names of tensors of another shape than the model's, except the `known` ones; an error if they may not keep random weights."""
     changed = [name for name, tensor in tensors.items() if name not in known and tensor.shape != own[name].shape]
     wrong = next((name for name in changed if not name.startswith(_AFRESH)), None)
     if wrong is not None:

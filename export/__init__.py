@@ -1,1 +1,1 @@
-"""The way out of PyTorch: ONNX graph, parity with PyTorch, the bundle."""
+"""Exports a model from PyTorch to ONNX, compares the two, and builds bundles and engines."""

@@ -1,4 +1,4 @@
-"""`DeformConv` by operators that every ONNX Runtime has: sample every tap's position with `GridSample`, then a 1x1 `Conv` over the taps."""
+"""Replaces `DeformConv` for ONNX Runtimes that lack it: `GridSample` samples the position of each tap, and a 1 x 1 `Conv` sums the taps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def replace_deform_conv(model: onnx.ModelProto) -> int:
         DynaMaskError: a node is of another kind, or its shapes or weights are not known.
     """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    # What onnx called bilinear until opset 19 is linear from 20 on.
+    # The bilinear mode is called `bilinear` up to opset 19, and `linear` from 20 on.
     mode = "linear" if opset >= 20 else "bilinear"
     known = _Known(model.graph)
     nodes: list[onnx.NodeProto] = []
@@ -40,7 +40,7 @@ def replace_deform_conv(model: onnx.ModelProto) -> int:
 
 
 class _Known:
-    """Shapes and constants of a graph, and the constants that the rewriting adds."""
+    """The known shapes and constants of a graph, and the constants that are added to it."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._values = {value.name: value for value in itertools.chain(graph.value_info, graph.input, graph.output)}
@@ -75,7 +75,9 @@ def _sampled_convolution(node: onnx.NodeProto, known: _Known, mode: str, prefix:
         or any(step != 1 for step in attributes.get("strides", []))
         or (len(rest) > 1 and rest[1])
     ):
-        raise DynaMaskError(f"DeformConv {node.name} has a stride, groups or a mask, for which there is no substitute.")
+        raise DynaMaskError(
+            f"DeformConv {node.name} has a stride, groups or a mask, so it cannot be rewritten; install a newer onnxruntime."
+        )
     weight = known.constant(weight_name)
     outputs, channels, *kernel = weight.shape
     taps = kernel[0] * kernel[1]
@@ -88,7 +90,7 @@ def _sampled_convolution(node: onnx.NodeProto, known: _Known, mode: str, prefix:
     def ints(part: str, values: list[int]) -> str:
         return known.add(name(part), np.array(values, np.int64))
 
-    # A 0 in a Reshape keeps N, which may be 0 itself.
+    # A 0 in a shape of Reshape keeps the size N, which may be 0.
     return [
         helper.make_node("Reshape", [offset, ints("taps_shape", [0, taps, 2, height, width])], [name("taps")]),
         helper.make_node("Transpose", [name("taps")], [name("yx")], perm=[0, 1, 3, 4, 2]),
@@ -110,7 +112,10 @@ def _sampled_convolution(node: onnx.NodeProto, known: _Known, mode: str, prefix:
 def _positions(
     image: tuple[int, int], output: tuple[int, int], kernel: list[int], attributes: dict[str, Any]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Factor `[2]` and summand `[1, taps, H, W, 2]`, xy: from offsets in pixels to `GridSample`'s coordinates, -1 and 1 at the edges."""
+    """A factor `[2]` and a summand `[1, taps, H, W, 2]`, both xy, that turn offsets in pixels into the coordinates of `GridSample`.
+
+    These are -1 and 1 at the edges of the image.
+    """
     pads, dilations = attributes.get("pads", [0, 0, 0, 0]), attributes.get("dilations", [1, 1])
     row, column, y, x = np.meshgrid(*(np.arange(count) for count in (*kernel, *output)), indexing="ij")
     pixel = np.stack([x - pads[1] + column * dilations[1], y - pads[0] + row * dilations[0]], axis=-1).reshape(1, -1, *output, 2)

@@ -186,7 +186,7 @@ def _driver(target: str) -> Driver | None:
 def _compute_capabilities(given: Sequence[str], driver: Driver | None) -> list[str]:
     for capability in given:
         if capability not in KNOWN_CAPABILITIES:
-            raise InputError(f"{capability} is not a compute capability to compile for; choose of {', '.join(KNOWN_CAPABILITIES)}.")
+            raise InputError(f"{capability} is not a compute capability to compile for; choose one of {', '.join(KNOWN_CAPABILITIES)}.")
     if given:
         return sorted(set(given), key=float)
     return list(COMPUTE_CAPABILITIES) if driver is None else [driver.compute_capability]
@@ -204,7 +204,7 @@ def _version(package: str) -> str:
 
 
 def _digest(model: onnx.ModelProto, profile: Profile, precision: str, capabilities: Sequence[str], versions: dict[str, str]) -> str:
-    """Of everything that decides an engine: the lowered graph, the options, the versions, and the sources of plugins and builder."""
+    """A digest of all that an engine depends on: the lowered graph, the options, the versions, and the sources of plugins and builder."""
     digest = hashlib.sha256(model.SerializeToString(deterministic=True))
     digest.update(repr((profile, precision, list(capabilities), sorted(versions.items()))).encode())
     builder = (Path(__file__), Path(serialized_engine.__file__))

@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle: the ONNX graph, its manifest, and how far it is from PyTorch."""
+"""Exports a checkpoint to a bundle: the ONNX graph, its manifest, and its parity with PyTorch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def export_bundle(
     model, trained = read_model(checkpoint, canvas)
     config = model.config.model
     if model.mask_branch.msm is None:
-        raise InputError(f"{checkpoint} has a Mask R-CNN head, a baseline to train and judge only: export a DynaMask.")
+        raise InputError(f"{checkpoint} has a Mask R-CNN head, a baseline that can be trained and evaluated only: export a DynaMask.")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, MODEL)
         operators = export_graph(model, file, config.canvas)

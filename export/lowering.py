@@ -1,7 +1,7 @@
-"""Lowers a copy of the portable graph for TensorRT: parts that it lacks, or runs as many small layers, become this project's operators.
+"""Lowers a copy of the portable graph for TensorRT: replaces parts that TensorRT lacks, or would run as many small layers.
 
-The lowered graph has standard operators and nodes of the domain `dynamask`, named `DynaMask` + the operator's name (`trt_plugins`). The
-parts to replace lie between seams (`export.seams`); the facts are the numbers that their nodes do not show.
+The lowered graph has standard operators and this project's operators: nodes of the domain `dynamask`, named `DynaMask` + the operator's
+name (`trt_plugins`). The parts to replace lie between seams (`export.seams`); the facts are the numbers that their nodes do not show.
 
 The portable graph takes one image on one canvas; a `Profile` lets the lowered one take several, and other canvases. Between this project's
 operators nothing depends on either. Slots stay flat: slot k of image b is row `K b + k` of `boxes`, `scores`, `labels`, `grids` and
@@ -44,7 +44,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Rewrite:
-    """One kind of change, how often it was made, and why it is made at all."""
+    """One kind of change: how often it was made, and the reason for it."""
 
     name: str
     count: int
@@ -102,7 +102,7 @@ def lower(model: onnx.ModelProto, profile: Profile | None = None) -> Lowered:
 
 
 def lower_proposals(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
-    """From the RPN's outputs to `proposals` and `proposal_count`: one DynaMaskProposals."""
+    """Replace the nodes from the RPN's outputs to `proposals` and `proposal_count` by one DynaMaskProposals."""
     inputs = _seams(graph, *RPN_LOGITS, *RPN_DELTAS)
     attributes = {
         "strides": list(facts.strides),
@@ -117,7 +117,7 @@ def lower_proposals(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int
 
 
 def lower_detections(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
-    """From the box head's outputs to the detections and the filled `slots`: one DynaMaskDetections."""
+    """Replace the nodes from the box head's outputs to the detections and the filled `slots` by one DynaMaskDetections."""
     inputs = _seams(graph, "class_logits", "box_deltas", "proposals", "proposal_count", "min_score")
     attributes = {
         "proposals": facts.proposals,
@@ -133,7 +133,7 @@ def lower_detections(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> in
 
 
 def lower_routing(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
-    """From the MSM's logits to the grids and the index of every stage: one DynaMaskMsmRoute."""
+    """Replace the nodes from the MSM's logits to the grids and the lists of every stage by one DynaMaskMsmRoute."""
     inputs = _seams(graph, "msm_logits", "mask_boxes", "mask_overrides", "slots", "budget")
     attributes = {
         "batch": profile.batch[-1],
@@ -147,7 +147,7 @@ def lower_routing(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
 
 
 def lower_pyramid_roi_align(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
-    """From P2..P5 and boxes to `box_region` and to `region`: one DynaMaskRoiAlign each."""
+    """Replace the nodes from P2..P5 and boxes to `box_region`, and those to `region`, by one DynaMaskRoiAlign each."""
     crops_of: tuple[tuple[str, str, int, Sequence[str]], ...] = (
         ("proposals", "box_region", facts.proposals, []),
         ("mask_boxes", "region", facts.detections, ["slots"]),
@@ -170,7 +170,7 @@ def lower_pyramid_roi_align(graph: gs.Graph, facts: GraphFacts, profile: Profile
 
 
 def lower_roi_align(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
-    """Every RoiAlign that is left, on one map: a DynaMaskRoiAlign."""
+    """Replace every other RoiAlign, which is on one map, by a DynaMaskRoiAlign."""
     nodes = [node for node in graph.nodes if node.op == "RoiAlign"]
     slots: dict[str, gs.Tensor] = {}
     for node in nodes:
@@ -188,7 +188,7 @@ def lower_roi_align(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int
 
 
 def lower_resize(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
-    """Every Resize to a fixed size, in the i-FPN: by the factor that this is."""
+    """Give every Resize of the FPN its factor in place of a fixed size."""
     nodes = [node for node in graph.nodes if node.op == "Resize" and len(node.inputs) == 4]
     for node in nodes:
         x, _, _, sizes = node.inputs
@@ -198,7 +198,7 @@ def lower_resize(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
 
 
 def lower_deform_conv(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
-    """Every DeformConv, with the Relu that alone follows it: a DynaMaskDeformConv."""
+    """Replace every DeformConv, with a Relu that is its only consumer, by a DynaMaskDeformConv."""
     nodes = [node for node in graph.nodes if node.op == "DeformConv"]
     for node in nodes:
         if node.attrs.get("group", 1) != 1:
@@ -223,8 +223,8 @@ def lower_deform_conv(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> i
 
 REWRITES: tuple[tuple[str, Callable[[gs.Graph, GraphFacts, Profile], int], str], ...] = (
     ("Proposals", lower_proposals, "NonMaxSuppression has no implementation; top-k, decoding and NMS stay on the device"),
-    ("Detections", lower_detections, "NonMaxSuppression and NonZero have no implementation; how many are found stays on the device"),
-    ("MsmRoute", lower_routing, "NonZero has no implementation; which instances run through which stage is decided on the device"),
+    ("Detections", lower_detections, "NonMaxSuppression and NonZero have no implementation; the number of detections stays on the device"),
+    ("MsmRoute", lower_routing, "NonZero has no implementation; the routing stays on the device"),
     ("RoiAlign on the pyramid", lower_pyramid_roi_align, "each box on its own level in one launch, where NonZero sorted them by level"),
     ("RoiAlign", lower_roi_align, "the built-in one cannot be built without a GPU and takes no fp16 map with fp32 boxes"),
     ("DeformConv", lower_deform_conv, "there is no importer; bias and Relu are fused"),
@@ -311,7 +311,7 @@ def _ranges(facts: GraphFacts, profile: Profile) -> dict[str, tuple[Shape, Shape
     images = [(count, 3, *canvas) for count, canvas in zip(profile.batch, profile.canvas, strict=True)]
     slots = [(count * facts.detections,) for count in profile.batch]
     shapes: dict[str, list[Shape]] = {"image": [*images], "grid_override": [*slots]}
-    return {name: (least, likely, most) for name, (least, likely, most) in shapes.items() if least != most}
+    return {name: (minimum, optimum, maximum) for name, (minimum, optimum, maximum) in shapes.items() if minimum != maximum}
 
 
 def place_operators(graph: gs.Graph) -> Iterator[PlacedOperator]:
@@ -393,7 +393,7 @@ def _slots_of(graph: gs.Graph, boxes: gs.Tensor, known: dict[str, gs.Tensor]) ->
 
 
 def _widened(tensor: gs.Tensor) -> gs.Tensor:
-    """What a tensor was before it was cast from fp16 to fp32: this project's operators take either."""
+    """The fp16 tensor that `tensor` was cast to fp32 from, or `tensor` itself: this project's operators take both types."""
     producer = tensor.inputs[0] if tensor.inputs else None
     if producer is not None and producer.op == "Cast" and producer.inputs[0].dtype == np.float16 and tensor.dtype == np.float32:
         return producer.inputs[0]
@@ -401,7 +401,7 @@ def _widened(tensor: gs.Tensor) -> gs.Tensor:
 
 
 def _boxes(rois: gs.Tensor) -> gs.Tensor:
-    """What a column of batch indices was put before and then cut from: `Slice(Concat(index, boxes))` is `boxes`."""
+    """`boxes` if `rois` is `Slice(Concat(index, boxes))`, where a column of batch indices is added and cut off again; else `rois`."""
     cut = rois.inputs[0] if rois.inputs else None
     if cut is None or cut.op != "Slice" or [t.values.tolist() for t in cut.inputs[1:4] if isinstance(t, gs.Constant)] != [[1], [5], [1]]:
         return rois
@@ -451,7 +451,7 @@ def _set_type(graph: gs.Graph, tensor: gs.Tensor, dtype: npt.DTypeLike) -> None:
 
 
 def _redirect(old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let everything that takes `old` take `new`."""
+    """Give `new` to all consumers of `old`."""
     for node in list(old.outputs):
         node.inputs = [new if value is old else value for value in node.inputs]
 

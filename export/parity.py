@@ -1,4 +1,4 @@
-"""How far an engine's results are from PyTorch's, on images."""
+"""Compares the results of an engine with those of PyTorch, on images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs TensorRT's builder in a process of its own: Ctrl-C ends it at once, and if TensorRT aborts, the caller goes on.
+"""Runs TensorRT's builder in a process of its own: Ctrl-C ends it at once, and if TensorRT aborts, the caller continues.
 
 Cancelling a build through TensorRT's `IProgressMonitor` corrupts memory in TensorRT 1.7 for RTX while it clones plugins.
 """

@@ -37,7 +37,7 @@ class MaskEngine(Protocol):
 
 
 class MaskInputs(NamedTuple):
-    """What the mask branch takes: the pyramid and K detection slots, of which the first few are filled."""
+    """Inputs of the mask branch: the pyramid and K detection slots, of which the first ones are filled."""
 
     features: tuple[NDArray[np.float32], ...]
     """P2..P5, `[1, C, H / s, W / s]`."""
@@ -168,7 +168,7 @@ def spread(instances: int, distribution: Sequence[float]) -> list[int]:
     if instances < 1:
         raise InputError(f"{instances} instances leave nothing to measure; give 1 or more.")
     if parts.shape != (4,) or not np.isfinite(parts).all() or (parts < 0).any() or parts.sum() == 0:
-        raise InputError(f"a distribution of {list(distribution)} does not say who gets which grid; give four parts, as in 35,34,21,10.")
+        raise InputError(f"a distribution of {list(distribution)} does not give each grid its share; give four parts, as in 35,34,21,10.")
     exact = parts / parts.sum() * instances
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: instances - counts.sum()]] += 1

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 HORIZON = 16
-"""Number of images after which savings lapse: a quiet hour does not pay for a slow minute."""
+"""Number of images after which unused budget lapses, so that an hour with few instances does not allow a minute of high cost."""
 
 
 class BudgetKeeper:
     """Gives each image the budget with which the mean cost of all instances so far comes to `mean_gmacs`.
 
     Within one image the mean cost moves in steps, and the fewer instances there are, the larger the steps. A budget that each image
-    keeps for itself is therefore not used up on average. What one image saves, the images after it may spend.
+    keeps for itself is therefore not used up on average. Later images may use the budget that an image leaves over.
     """
 
     def __init__(self, mean_gmacs: float, grid_gmacs: Mapping[int, float]) -> None:
@@ -30,7 +30,7 @@ class BudgetKeeper:
         """Mean GMAC per instance for the next image, between the costs of the smallest and the largest grid; 0 without a limit."""
         if not self._mean_gmacs:
             return 0.0
-        # The next image is assumed to have as many instances as the fullest of the last ones: savings are not spent twice.
+        # The next image is assumed to have as many instances as the fullest recent one, so that no budget is used twice.
         expected = max(self._counts, default=0)
         budget = self._mean_gmacs + (sum(self._saved) / expected if expected else 0.0)
         return float(np.clip(budget, min(self._grid_gmacs.values()), max(self._grid_gmacs.values())))
@@ -40,7 +40,7 @@ class BudgetKeeper:
         if not self._mean_gmacs:
             return
         saved = sum(self._mean_gmacs - self._grid_gmacs[int(grid)] for grid in grids)
-        # A debt is paid from the oldest savings first: otherwise it would lapse together with them.
+        # An overrun is taken from the oldest unused budget first: otherwise it would lapse together with it.
         for index, earlier in enumerate(self._saved):
             if saved < 0 < earlier:
                 paid = min(earlier, -saved)

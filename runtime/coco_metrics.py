@@ -28,7 +28,7 @@ def evaluate_coco(
 ) -> dict[str, Metrics]:
     """Average precision by COCO's rules: IoU 0.50:0.95, at most 100 detections an image, areas split at 32² and 96² pixels.
 
-    A data set whose images have `neg_category_ids` and whose categories have a `frequency` is LVIS, annotated by federation, and judged
+    A data set whose images have `neg_category_ids` and whose categories have a `frequency` is LVIS, annotated federatedly, and evaluated
     by its rules (Gupta et al., LVIS, 2019, section 2): detections of classes that the image neither is annotated with nor lists as absent
     do not count, unmatched ones of its `not_exhaustive_category_ids` are no errors, and an image may have 300 detections.
 
@@ -40,11 +40,11 @@ def evaluate_coco(
         ground_truth: a COCO data set (`images`, `annotations`, `categories`); segmentations are polygons or RLE.
         detections: COCO results: `image_id`, `category_id`, `score`, `bbox` (xywh pixels) and `segmentation` (compressed RLE).
         iou_types: any of `bbox`, `segm` and `boundary` (the lesser of mask and boundary IoU).
-        image_ids: judge on these images alone; all of the data set's by default.
+        image_ids: evaluate on these images alone; all of the data set's by default.
 
     Returns:
         By IoU type, `AP AP50 AP75 AP_S AP_M AP_L`, of LVIS also `AP_r AP_c AP_f` (rare, common, frequent classes), times 100; None where
-        the data set holds nothing to judge on.
+        the data set has no instances of a kind.
     """
     images = {image["id"]: image for image in ground_truth["images"]}
     chosen = set(images) if image_ids is None else set(image_ids) & set(images)
@@ -83,7 +83,7 @@ def _annotations(
     for annotation in ground_truth["annotations"]:
         if annotation["image_id"] not in chosen:
             continue
-        # Both engines take identifier 0 for "unmatched", so annotations are numbered afresh from 1.
+        # Both engines take identifier 0 for "unmatched", so annotations are numbered from 1.
         copy = {**annotation, "id": len(kept) + 1}
         try:
             copy["iscrowd"] = int(crowd_flag(annotation.get("iscrowd")))

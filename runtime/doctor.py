@@ -1,4 +1,4 @@
-"""What this machine can run: its processor, memory, GPUs and the targets that are installed."""
+"""Examines this machine: processor, memory, GPUs and the installed targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def examine() -> dict[str, Any]:
     Returns:
         `dynamask` (version), `machine` (`python`, `system`, `cpu`, `cores` usable by this process, `memory_gib` or None), `gpus` (list of
         `name`, `memory_mib`, `driver`, `compute_capability`) and `targets`: name -> `available`, `version` or None, `note` (one sentence:
-        what it does here, or how to get it); `onnxruntime` also has `providers` and `deform_conv` (does it run that operator? None
+        its use here, or how to install it); `onnxruntime` also has `providers` and `deform_conv` (does it run that operator? None
         where onnx, with which engines are built, is not installed).
     """
     return {

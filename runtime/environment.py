@@ -1,4 +1,4 @@
-"""What libraries find in the process's environment: no telemetry, and a name and folders for a user who has none."""
+"""Sets environment variables for libraries: no telemetry, and a name and folders for a user who has none."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _PACKAGES = ("onnxruntime", "numpy", "opencv-python-headless", "torch", "torchvi
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured on: `cpu`, `cores` (those this process may use), `system`, and the `versions` of what matters."""
+    """The machine of a measurement: `cpu`, `cores` (those this process may use), `system`, and `versions` of Python and libraries."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

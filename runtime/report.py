@@ -116,7 +116,7 @@ def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _family(policy: str) -> str:
-    """The policy's line in the charts; a policy with a name of its own stands with the routed ones."""
+    """The policy's line in the charts; a policy of another name counts as a routed one."""
     return next((family for family in _FAMILIES if policy.startswith(family)), "routed")
 
 
@@ -134,7 +134,7 @@ def _rows(policies: Mapping[str, Any]) -> list[dict[str, Any]]:
     columns += [[policy[kind]["AP"] for policy in policies.values()] for kind in ("bbox", "boundary")]
     columns += [[policy["latency_ms"]["total"]["p50"] for policy in policies.values()]]
     texts = [[_number(value, 3 if i == 0 else 1) for value in column] for i, column in enumerate(columns)]
-    # Best is the highest AP and the lowest latency; the cost is given, not compared.
+    # The best figures are the highest AP and the lowest latency; the cost has no best.
     best = [None, *(_best(column, max) for column in columns[1:-1]), _best(columns[-1], min)]
     return [
         {

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Image = npt.NDArray[np.uint8]
 _TICKS = 90_000
-"""Time stamps a second in the video written, as usual for MPEG."""
+"""Time stamps per second in the written video, as usual for MPEG."""
 _LONGEST_GAP = 2 * 3600 * _TICKS
 """MP4 holds steps of up to 2^31 time stamps, and the encoder's reordering adds up three of ours."""
 _LONGEST_SIDE = 16_384
@@ -37,7 +37,7 @@ _LONGEST_SIDE = 16_384
 class Sink(abc.ABC):
     """Takes the result of every frame, in order. As a context manager it is finished when the block ends well, else abandoned.
 
-    What a sink writes carries another name until it is finished, so that what was abandoned never looks whole and is still there.
+    Until a sink is finished, its output has a provisional name: an unfinished file is kept, and is not mistaken for a whole one.
     """
 
     @abc.abstractmethod
@@ -45,14 +45,14 @@ class Sink(abc.ABC):
         """Take the result of one frame.
 
         Raises:
-            DynaMaskError: it could not be written; what was written before is kept.
+            DynaMaskError: it could not be written; earlier output is kept.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Finish: what was written takes its own name."""
+        """Finish: the output takes its final name."""
 
     def abandon(self) -> None:  # noqa: B027
-        """Stop after an error: what was written stays, under its provisional name."""
+        """Stop after an error: the output stays, under its provisional name."""
 
     def __enter__(self) -> Sink:
         return self
@@ -158,7 +158,7 @@ class VideoSink(Sink):
 
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4" and not is_special(self.path):
-            raise InputError(f"{self.path} is no MP4; give the video a name that ends with .mp4.")
+            raise InputError(f"{self.path} is not an MP4 file; give the video a name that ends with .mp4.")
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._last = -1
         self._cut = 0
@@ -201,7 +201,7 @@ class VideoSink(Sink):
                 self._output.commit()
 
     def abandon(self) -> None:
-        # Ended too, so that what was encoded can be played; only its name stays provisional.
+        # The video is ended, so that it can be played; only its name stays provisional.
         with contextlib.suppress(DynaMaskError), _writing(self._output):
             self._end()
         self._output.keep()
@@ -264,14 +264,13 @@ def _even(image: Image) -> Image:
 
 def _fit(image: Image, height: int, width: int) -> Image:
     """Scaled by one factor into `height` × `width`, at the top left, the rest black."""
-    import cv2
+    from runtime.preprocess import letterbox_scale, resize
 
     if image.shape[:2] == (height, width):
         return image
-    scale = min(height / image.shape[0], width / image.shape[1])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
+    scale, rows, columns = letterbox_scale(image.shape[0], image.shape[1], height, width)
     canvas = np.zeros((height, width, 3), dtype=np.uint8)
-    canvas[: size[1], : size[0]] = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    canvas[:rows, :columns] = resize(image, rows, columns, scale)
     return canvas
 
 
@@ -283,7 +282,7 @@ def _writing(output: Output) -> Iterator[None]:
     try:
         yield
     except (OSError, av.FFmpegError) as error:
-        # What is not the system's fault is the encoder's, and ours.
+        # An error that is not the system's comes from the encoder, or from this code.
         otherwise = "choose another place" if isinstance(error, OSError) else "please report it, with the source"
         cause, way_out = failure(OSError(error.errno, error.strerror), otherwise)
         partial = output.keep()

@@ -33,7 +33,7 @@ def timed_prediction(
     start = time.perf_counter()
     instances = predictor(image, budget_gmacs, grid_override, min_score)
     before_paste = time.perf_counter()
-    deque(instances.crops(), maxlen=0)  # The instances keep their crops: nobody pastes again.
+    deque(instances.crops(), maxlen=0)  # The instances keep their crops: they are pasted only once.
     end = time.perf_counter()
     instances.times_ms = {**instances.times_ms, "paste": 1000 * (end - before_paste), TOTAL: 1000 * (end - start)}
     return instances
@@ -61,7 +61,7 @@ class RunStatistics:
 
 
 def grid_statistics(counts: Mapping[int, int], grid_gmacs: Mapping[int, float]) -> dict[str, Any]:
-    """What the instances cost, and how they are spread over the grids.
+    """The mean cost of instances, and their share of each grid.
 
     Args:
         counts: the number of instances of each grid (14, 28, 56, 112); a grid without instances may be absent.

@@ -1,4 +1,4 @@
-"""Times several contenders side by side, in turns, so that whatever else the machine does slows all of them alike."""
+"""Times several contenders side by side, in turns, so that other work on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def take_turns(
     After `warm_up` rounds that are not timed, each contender runs once a round, in an order that rotates from round to round.
 
     Args:
-        contenders: name -> what is called.
+        contenders: name -> the function to call.
         elapsed_ms: calls its argument and returns the milliseconds that it took.
 
     Returns:

@@ -51,8 +51,8 @@ def validate(
         `detector`, `masks`, `paste`, `total`: each `p50 p95 p99 mean`) and, where the model chooses, `routing` (cost by class and size).
 
     Raises:
-        InputError: no policy is given or one does not exist, the limit is not positive, the data set's classes are not the bundle's, or
-            none of its images can be used.
+        InputError: no policy is given, one does not exist, or two have the same name; the limit is not positive; the data set's classes are
+            not the bundle's, or none of its images can be used.
 
     Example:
         >>> import json, dynamask
@@ -70,9 +70,7 @@ def validate(
     """
     manifest = predictor.bundle.manifest
     grid_gmacs = manifest.grid_gmacs
-    chosen = [parse_policy(policy, grid_gmacs) for policy in dict.fromkeys(policies)]
-    if not chosen:
-        raise InputError("no grid policy was given, so there is nothing to validate; take for example routed,uniform-112.")
+    chosen = _parse_policies(policies, grid_gmacs)
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} images leaves nothing to validate on; give 1 or more.")
     check_classes([(c.id, c.name) for c in manifest.classes], dataset)
@@ -95,6 +93,21 @@ def validate(
         "date": datetime.date.today().isoformat(),
         "policies": {name: _figures(run, dataset.truth, used, grid_gmacs) for name, run in runs.items()},
     }
+
+
+def _parse_policies(policies: Sequence[str | Policy], grid_gmacs: Mapping[int, float]) -> list[Policy]:
+    """The policies, each once.
+
+    Raises:
+        InputError: there is none, one does not exist, or two that differ have the same name.
+    """
+    chosen = list(dict.fromkeys(parse_policy(policy, grid_gmacs) for policy in policies))
+    if not chosen:
+        raise InputError("no grid policy was given, so there is nothing to validate; take for example routed,uniform-112.")
+    name, count = Counter(policy.name for policy in chosen).most_common(1)[0]
+    if count > 1:
+        raise InputError(f"{count} different policies have the name {name!r}; give each a name of its own.")
+    return chosen
 
 
 def check_classes(classes: Sequence[tuple[int, str]], dataset: CocoData) -> None:

@@ -1,4 +1,4 @@
-"""The training items: broken images replaced, instances pasted, portrait images on the transposed canvas."""
+"""Makes training items: replaces broken images, pastes instances, and puts portrait images on the transposed canvas."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
             return None
 
     def _candidates(self, index: int, epoch: int) -> Iterator[int]:
-        """The image itself, then those that may replace it: one more in all than may be broken."""
+        """The image itself, then the images that may replace it: together one more than may be broken."""
         yield index
         start = int(np.random.default_rng([self.seed, epoch, index, _REPLACE]).integers(len(self)))
         others = ((start + i) % len(self) for i in range(self.tolerated + 1))
@@ -130,8 +130,8 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
 def turned_images(sizes: list[tuple[int, int]], canvas: tuple[int, int], batch: int) -> list[bool]:
     """Whether each image, of `sizes` (height, width), is placed on the transposed canvas (height, width); empty if none is.
 
-    An image is, if it then fills more of the canvas. All images of a batch have one canvas, so if one of the two has too few images for
-    a batch, they go to the other.
+    It is, if it then fills more of the canvas. All images of a batch have the same canvas, so if one canvas has too few images for a
+    batch, they go to the other.
     """
     turned = [(height - width) * (canvas[1] - canvas[0]) > 0 for height, width in sizes]
     if sum(turned) < batch:

@@ -139,7 +139,7 @@ class CanvasDataset:
         return to_canvas(image, target, *self._canvas(turned), self.mean, self.std, rng, self.scale_jitter, self.flip)
 
     def blank(self, turned: bool = False) -> tuple[Tensor, dict[str, Any]]:
-        """An empty canvas and a target without instances, in place of an image that cannot be read."""
+        """An empty canvas and a target without instances; replaces an image that cannot be read."""
         height, width = self._canvas(turned)
         nothing = {"image_id": -1, "labels": [], "masks": np.zeros((0, height, width), np.uint8)}
         return to_canvas(np.zeros((height, width, 3), np.uint8), nothing, height, width, self.mean, self.std)
@@ -149,6 +149,6 @@ class CanvasDataset:
 
 
 def collate(batch: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Stack canvases into `[B, 3, H, W] float32`; targets stay a list, one dictionary an image."""
+    """Stack canvases into `[B, 3, H, W] float32`; targets stay a list, one dictionary per image."""
     images, targets = zip(*batch, strict=True)
     return torch.stack(images), list(targets)

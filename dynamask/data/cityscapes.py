@@ -30,13 +30,14 @@ _IMAGE, _INSTANCES = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 class CityscapesDataset:
     """Images and instance masks of one part of Cityscapes, with the items and attributes of `CocoDataset`.
 
-    A pixel of `…_gtFine_instanceIds.png` is `class * 1000 + instance`, or below 1000 the class alone: of what has no instances, and of
-    groups whose members are not annotated one by one. Groups are crowds: not trained on, and detections on them do not count as wrong.
+    A pixel of `…_gtFine_instanceIds.png` is `class * 1000 + instance`, or below 1000 the class alone, for classes without
+    instances and for groups whose members are not annotated one by one. Groups are crowds: not trained on, and detections on them do not
+    count as wrong.
 
     Args:
         root: the folder with `leftImg8bit/` and `gtFine/`.
         part: `train` or `val`.
-        images: only the first so many, by name; all by default.
+        images: the number of images to use, the first ones by name; all by default.
 
     Attributes:
         classes: the eight, as `{"id": Cityscapes' label id, "name": str}`.
@@ -120,7 +121,7 @@ class CityscapesDataset:
             with Image.open(path) as image:
                 pixels = np.asarray(image)
         except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and others on damaged files
-            raise InputError(f"{path} is damaged or no image ({error}); unpack gtFine_trainvaltest.zip anew.") from error
+            raise InputError(f"{path} is damaged or not an image ({error}); unpack gtFine_trainvaltest.zip again.") from error
         if pixels.ndim != 2:
             raise InputError(f"{path} has {pixels.shape[2]} channels, not one of class * 1000 + instance; use the original file.")
         return pixels

@@ -162,7 +162,7 @@ class CocoDataset:
 
 
 def left_out_lines(datasets: Mapping[str, Any]) -> list[str]:
-    """Sentences about what the reader left out of data sets and repaired, for the start of a run; none of data sets that are no COCO files.
+    """Sentences about the annotations that were left out or repaired, for the start of a run; none for data sets other than COCO files.
 
     Args:
         datasets: by the name of their part, such as `train` and `val`.

@@ -1,4 +1,4 @@
-"""Data sets in COCO format as they are written: annotations of masks, the tree of the JSON file, image files."""
+"""Writes data sets in COCO format: annotations of masks, the tree of the JSON file, image files."""
 
 from __future__ import annotations
 

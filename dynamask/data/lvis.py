@@ -1,4 +1,4 @@
-"""LVIS v1: 1203 classes on COCO's images, annotated by federation (Gupta et al., LVIS, 2019, section 2)."""
+"""LVIS v1: 1203 classes on COCO's images, annotated federatedly (Gupta et al., LVIS, 2019, section 2)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 class LvisDataset(CocoDataset):
     """Images and instance masks from an LVIS v1 file.
 
-    Of most classes it is unknown whether an image shows them: only those annotated in it, and those in its `neg_category_ids`, were
-    looked for. `coco_dict` keeps what `runtime.coco_metrics` needs for that rule: both lists of each image, and each category's
+    It is unknown whether an image shows most of the classes: annotators looked only for those annotated in it and those in its
+    `neg_category_ids`. `coco_dict` keeps what `runtime.coco_metrics` needs for that rule: both lists of each image, and each category's
     `frequency`.
 
     Args:

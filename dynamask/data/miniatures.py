@@ -27,7 +27,7 @@ _SEEDS: dict[Part, int] = {"train": 1, "val": 2}
 
 
 def write_miniature(kind: str, folder: Path) -> dict[str, Any]:
-    """Write the miniature of a layout: `IMAGES` pictures a part, `HEIGHT` x `WIDTH` pixels, always the same.
+    """Write the miniature of a layout: `IMAGES` pictures per part, `HEIGHT` x `WIDTH` pixels, always the same.
 
     Args:
         kind: `coco`, `lvis` or `cityscapes`, as `data.kind` in the configuration.
@@ -41,7 +41,7 @@ def write_miniature(kind: str, folder: Path) -> dict[str, Any]:
         DynaMaskError: the folder cannot be written.
     """
     if kind not in _WRITERS:
-        raise InputError(f"{kind} is no layout of which a miniature can be written: choose {', '.join(_WRITERS)}.")
+        raise InputError(f"{kind} is not a layout that can be written: choose {', '.join(_WRITERS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: remove it or choose another.")
     for part in IMAGES:
@@ -97,7 +97,7 @@ def _write_lvis(folder: Path, part: Part) -> None:
 
 
 def _write_cityscapes(folder: Path, part: Part) -> None:
-    """The shapes stand for Cityscapes' classes in turn, and the last of every image for a group."""
+    """The shapes get Cityscapes' classes in turn, and the last shape of every image is a group."""
     ids = list(cityscapes.CLASSES)
     for index, picture, objects in _pictures(part):
         pixels = np.full((HEIGHT, WIDTH), 7, np.uint16)  # road

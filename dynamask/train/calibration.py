@@ -1,7 +1,7 @@
 """Calibration of the MSM after training: its logits are regressed on the measured IoU of each grid's mask.
 
-In phase 2 the MSM learns from Eq. 3 and 4 through one sampled grid an instance (Eq. 2). That signal is noisy, and it measures each grid
-against a target of the grid's own resolution, so that a mask of 14 x 14 counts as right about a fern (docs/results/shapes.md). Calibration
+In phase 2 the MSM learns from Eq. 3 and 4 through one sampled grid per instance (Eq. 2). That signal is noisy, and it measures each grid
+against a target of the grid's own resolution, so that a 14 x 14 mask of a fern counts as right (docs/results/shapes.md). Calibration
 comes after the last step, when the features no longer change. It detects on training images, measures the IoU of each detection's mask at
 all four grids in pixels, as average precision does, and regresses the MSM's logits on that. `log p_k` is then, up to a constant, the
 expected IoU of grid k times `LOGITS_PER_IOU`, so that `argmax_k (log p_k - lambda c_k)` (`dynamask.msm.route`) is the best choice of grids
@@ -161,12 +161,12 @@ def calibrate(msm: MaskSwitch, samples: CalibrationSamples, costs: Tensor, targe
 
     Args:
         msm: changed in place.
-        costs: `[4] float32`, ascending, GMAC an instance.
-        target_gmacs: GMAC an instance.
+        costs: `[4] float32`, ascending, GMAC per instance.
+        target_gmacs: GMAC per instance.
         seed: of the order of the samples.
 
     Returns:
-        `variance_explained`: the share of the IoUs' variance between grids that the MSM predicts on the samples. `mean_gmacs` an instance
+        `variance_explained`: the share of the IoUs' variance between grids that the MSM predicts on the samples. `mean_gmacs` per instance
         on the samples. `lambda`.
     """
     _regress(msm, samples, costs.device, seed)
@@ -219,8 +219,8 @@ def smallest_lambda(log_probabilities: Tensor, costs: Tensor, target_gmacs: floa
 
     Args:
         log_probabilities: `[N, 4] float32`.
-        costs: `[4] float32`, ascending, GMAC an instance.
-        target_gmacs: GMAC an instance.
+        costs: `[4] float32`, ascending, GMAC per instance.
+        target_gmacs: GMAC per instance.
     """
 
     def within_target(lambda_: float) -> bool:

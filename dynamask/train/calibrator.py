@@ -19,7 +19,7 @@ from dynamask.train.progress import Progress
 
 @dataclass
 class Calibrator:
-    """Calibrates a run's MSM, once for each step and number of detections; the first process does, whose weights are saved."""
+    """Calibrates a run's MSM, once for each step and number of detections; only in the first process, whose weights are saved."""
 
     recipe: TrainConfig
     model: DynaMask
@@ -41,7 +41,7 @@ class Calibrator:
         msm = self.model.mask_branch.msm if requested and not already else None
         if msm is None:
             return True
-        # The model changes: what was measured at this step holds no longer.
+        # The model changes: evaluations of this step are no longer valid.
         self.progress.evaluations = [entry for entry in self.progress.evaluations if entry["step"] != self.progress.step]
         figures = self._calibrate(msm, requested) if self.world.is_main else {}
         if figures is None:
@@ -74,10 +74,10 @@ class Calibrator:
         figures = calibrate(msm, samples, branch.costs, target, self.recipe.seed)
         self.report.message(
             f"Calibrated the MSM on {len(samples.regions)} detections: it explains {figures['variance_explained']:.0%} of the variance of "
-            f"IoU between grids, and its grids cost {figures['mean_gmacs']:.4f} GMAC an instance (target {target:.4f})."
+            f"IoU between grids, and its grids cost {figures['mean_gmacs']:.4f} GMAC per instance (target {target:.4f})."
         )
         if figures["mean_gmacs"] > target:
             self.report.message(
-                f"train.target_paper_gmacs={paper_gmacs:g} is less than the smallest grid costs, 14 x 14, the grid of all: raise it."
+                f"train.target_paper_gmacs={paper_gmacs:g} is less than the smallest grid costs, so every instance gets 14 x 14: raise it."
             )
         return {"target_gmacs": target, **figures}

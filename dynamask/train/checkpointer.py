@@ -52,7 +52,7 @@ class Checkpointer:
         self._save_model("model.safetensors", {"step": self.progress.step, "epoch": self.schedule.epoch(self.progress.step)})
 
     def save_best(self, entry: dict[str, Any]) -> None:
-        """Write `best.safetensors`, with the evaluation that found it the best."""
+        """Write `best.safetensors`, with its evaluation."""
         self._save_model("best.safetensors", {name: entry[name] for name in ("step", "epoch", "segm")})
 
     def _save_model(self, name: str, extra: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ def state_to_resume(config: Config, output: Path, resume: bool) -> TrainingState
     """The state of the run in `output`; None for a new run, for which `output` must be free.
 
     Raises:
-        InputError: there is no run to resume, or one in the way, or a field differs that may not change (`MAY_CHANGE_ON_RESUME`).
+        InputError: there is no run to resume, the folder holds another run, or a field differs that is not in `MAY_CHANGE_ON_RESUME`.
     """
     path = output / STATE_FILE
     if not resume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from runtime.graph import GRIDS, MSM
 from runtime.instances import ClassName, Instances
 from runtime.policies import Policy
 from runtime.preprocess import letterbox_normalise
+from runtime.statistics import grid_statistics
 
 ROUTED = Policy("routed")
 """The MSM's argmax (Eq. 1)."""
@@ -49,12 +51,12 @@ def evaluate(
         policy = ROUTED
     elif grid is not None:
         policy = Policy(f"uniform-{grid}", grid_override=GRIDS.index(grid))
-    grid_gmacs = dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True)) if policy.budget_gmacs else {}
+    grid_gmacs = dict(zip(GRIDS, model.mask_branch.costs.tolist(), strict=True))
     keeper = BudgetKeeper(policy.budget_gmacs, grid_gmacs)
     count = len(dataset) if images is None else min(images, len(dataset))
     results: list[dict[str, Any]] = []
     image_ids: list[int] = []
-    grids: list[int] = []
+    grids: Counter[int] = Counter()
     training = model.training
     model.eval()
     try:
@@ -66,12 +68,11 @@ def evaluate(
             keeper.spend(found.grids)
             image_ids.append(int(target["image_id"]))
             results += found.to_coco(image_ids[-1])
-            grids += found.grids.tolist()
+            grids.update(found.grids.tolist())
     finally:
         model.train(training)
     figures = evaluate_coco(dataset.coco_dict, results, iou_types, image_ids)
-    share = {str(side): grids.count(side) / max(len(grids), 1) for side in GRIDS}
-    return {**figures, "share": share, "images": count, "detections": len(results)}
+    return {**figures, "share": grid_statistics(grids, grid_gmacs)["share"], "images": count, "detections": len(results)}
 
 
 def detect(

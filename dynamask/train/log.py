@@ -96,7 +96,7 @@ def losses_by_epoch(output: Path) -> list[dict[str, float]]:
 
 
 class ProgressReport:
-    """Loss (smoothed), rate, images a second and time left: a bar on a terminal, otherwise a line every ten seconds."""
+    """Loss (smoothed), rate, images per second and time left: a bar on a terminal, otherwise a line every ten seconds."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)

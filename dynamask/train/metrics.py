@@ -65,7 +65,7 @@ class Metrics:
 
 
 def write_metrics(output: Path, progress: Progress, schedule: Schedule, data: dict[str, Any]) -> dict[str, Any]:
-    """Write `metrics.json` of a run that has ended, or was interrupted, and return it; `data` is what the data sets used and left out."""
+    """Write `metrics.json` of a run that has ended, or was interrupted, and return it; `data` has the counts of the data sets."""
     best = output / "best.safetensors"
     result = {
         "steps": progress.step,

@@ -24,6 +24,7 @@ from dynamask.train.evaluate import detect
 from runtime.annotate import GRID_COLORS, annotate
 from runtime.files import atomic_path
 from runtime.graph import GRIDS
+from runtime.preprocess import resize, scaled_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,13 +84,12 @@ def grid_selection(images: Sequence[Image], found: Sequence[Instances]) -> Image
     for image, instances in zip(images, found, strict=True):
         drawn = annotate(image, instances, SHOWN_SCORE)
         scale = min(1.0, SIDE / max(drawn.shape[:2]))
-        size = (max(1, round(drawn.shape[1] * scale)), max(1, round(drawn.shape[0] * scale)))
-        tiles.append(np.asarray(cv2.resize(drawn, size, interpolation=cv2.INTER_AREA), np.uint8))
+        tiles.append(resize(drawn, *scaled_size(drawn.shape[0], drawn.shape[1], scale), scale))
     return _tiled(tiles, columns=2)
 
 
 def class_shares(found: Sequence[Instances]) -> Image:
-    """Share of each grid among the detections of each class, a bar a class, those with most of 112 on top (Figure 8)."""
+    """Share of each grid among the detections of each class, one bar per class, those with most of 112 on top (Figure 8)."""
     names: list[str] = []
     grids: list[int] = []
     for instances in found:
@@ -116,7 +116,7 @@ def class_shares(found: Sequence[Instances]) -> Image:
 
 @torch.no_grad()
 def edge_maps(model: DynaMask, items: Sequence[tuple[Image, dict[str, Any]]], config: Config) -> Image:
-    """A row an image: its largest instance, then at each grid the edge target (Eq. 4) and the edge predicted in the true box."""
+    """One row per image: its largest instance, then at each grid the edge target (Eq. 4) and the edge predicted in the true box."""
     device, sizes = next(model.parameters()).device, config.model
     rows = [_header()]
     for image, target in items:
@@ -228,7 +228,7 @@ def _header() -> Image:
 
 
 def _crop(pixels: npt.NDArray[Any], box: Sequence[float]) -> Image:
-    """What is in the box of an image `[H, W, 3]` of 0 to 1, stretched to a cell as the mask grid stretches it."""
+    """The part of an image `[H, W, 3]` of 0 to 1 that is in the box, stretched to a cell as the mask grid stretches it."""
     x0, y0, x1, y1 = (round(edge) for edge in box)
     crop = np.clip(pixels[y0:y1, x0:x1] * 255, 0, 255).astype(np.uint8)
     return np.asarray(cv2.resize(crop, (CELL, CELL), interpolation=cv2.INTER_LINEAR), np.uint8)

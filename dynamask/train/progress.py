@@ -1,4 +1,4 @@
-"""How far a run has come: everything that changes from step to step besides the model, and is saved with it."""
+"""The progress of a run: everything besides the model that changes from step to step and is saved."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LOSS_MEMORY = 0.98
 
 @dataclass
 class DivergenceGuard:
-    """Watches whether the loss diverges. Part of the state, so that a resumed run decides as one that was never stopped."""
+    """Detects that the loss diverges. It is saved with the run, so that a resumed run decides as an uninterrupted one does."""
 
     phase: int = 0
     mean: float = 0.0
     lowest: float = 0.0
 
     def diverges(self, phase: int, loss: float) -> bool:
-        """Take in the loss of a step and return whether its mean has diverged. Each phase starts anew, as its losses differ."""
+        """Add the loss of a step, and return whether the mean has diverged. Each phase has a mean of its own, because its losses differ."""
         if phase != self.phase:
             self.phase, self.mean, self.lowest = phase, loss, loss
         self.mean = LOSS_MEMORY * self.mean + (1 - LOSS_MEMORY) * loss
@@ -30,7 +30,7 @@ class DivergenceGuard:
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     """Steps done."""

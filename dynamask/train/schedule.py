@@ -28,7 +28,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; the images that are left over come in other epochs, which have other orders."""
+        """Whole batches in an epoch; the images that remain are used in other epochs, which have other orders."""
         return max(1, self.images // self.config.batch)
 
     @property

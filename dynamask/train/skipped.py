@@ -15,7 +15,7 @@ from runtime.errors import InputError
 
 @dataclass
 class SkippedImages:
-    """Notes the images that could not be read, those of all processes in each of them."""
+    """Lists the images that could not be read; each process has the images of all."""
 
     output: Path
     items: TrainingItems

@@ -1,4 +1,4 @@
-"""One step of SGD, and the end of a run whose step fails."""
+"""Takes a step of SGD, and ends a run whose step fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dynamask.train.schedule import Schedule, StepSampler
 from runtime.errors import DynaMaskError
 
 SMALLEST_SCALE = 1.0
-"""With mixed precision, a gradient that overflows even at this scale of the loss is not finite in itself."""
+"""With mixed precision: a gradient that overflows even at this loss scale would not be finite in float32 either."""
 
 
 class StepFault(Exception):

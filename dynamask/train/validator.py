@@ -38,7 +38,7 @@ class Validator:
     world: World
 
     def evaluate_if_due(self) -> None:
-        """Evaluate the model if its step calls for it and it was not yet done, also after a run that stopped just before."""
+        """Evaluate the model if the schedule says so and it has not been done, also in a run that was stopped just before."""
         if not self.schedule.evaluates(self.progress.step) or self.progress.evaluated:
             return
         if self.world.is_main:
@@ -87,7 +87,7 @@ class Validator:
         """Draw the model's pictures to `pictures/` and TensorBoard."""
         if not self.config.train.pictures:
             return
-        from dynamask.train.pictures import draw_pictures, write_png  # matplotlib, for which a run without pictures need not wait
+        from dynamask.train.pictures import draw_pictures, write_png  # imports matplotlib, which a run without pictures does not need
 
         lines = list(read_lines(self.output / "log.jsonl"))
         for name, image in draw_pictures(self.model, self.val_set, self.config, lines, self.progress.evaluations).items():

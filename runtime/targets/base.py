@@ -1,4 +1,4 @@
-"""The interfaces of targets and engines, and what an engine returns."""
+"""The interfaces of targets and engines, and the output of an engine."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Target(Protocol):
         """
 
     def status(self) -> dict[str, Any]:
-        """What this machine can do with the target, for `dynamask doctor`.
+        """Whether this machine can run the target, for `dynamask doctor`.
 
         Returns:
             `available` (whether engines run here), `version` of the library or None, and `note`: one sentence on what it does here, or

@@ -497,7 +497,7 @@ def test_deltas_of_other_boxes_are_refused() -> None:
         of_our_classes(tensors, [0, 1, 2], True, "f.pth")
 
 
-def test_other_classes_begin_afresh_and_are_reported(mmdetection: dict[str, Tensor], tmp_path: Path) -> None:
+def test_other_classes_keep_random_weights_and_are_reported(mmdetection: dict[str, Tensor], tmp_path: Path) -> None:
     model = small(classes=2)
     before = model.roi_heads.box_predictor.cls_score.weight.clone()
     torch.save({"state_dict": mmdetection, "meta": {"epoch": 12}}, tmp_path / "m.pth")
@@ -505,7 +505,7 @@ def test_other_classes_begin_afresh_and_are_reported(mmdetection: dict[str, Tens
     assert torch.equal(model.roi_heads.box_predictor.cls_score.weight, before)
     assert torch.equal(model.roi_heads.box_head.fc7.weight, mmdetection["roi_head.bbox_head.shared_fcs.1.weight"])
     lines = {line[:33].strip(): line[33:].split() for line in text.splitlines()}
-    assert lines["other classes or shape, afresh"] == ["4", "roi_heads.box_predictor"]
+    assert lines["random: other classes or shape"] == ["4", "roi_heads.box_predictor"]
     assert lines["left out"] == ["12", "roi_head.mask_head"]
     assert "5 classes, other ones than the model's 2" in text and len(text.splitlines()) < 10
 

@@ -12,6 +12,7 @@ from runtime.coco import read_coco
 from runtime.errors import InputError
 from runtime.graph import GRIDS
 from runtime.instances import ClassName, Instances
+from runtime.policies import Policy
 from runtime.validate import validate
 
 GMACS = {14: 0.25, 28: 0.5, 56: 0.75, 112: 1.0}
@@ -195,6 +196,14 @@ def test_annotations_that_cannot_be_judged_on_are_counted(data, boxes):
         "polygon far outside its image": 1,
     }
     assert result["policies"]["uniform-112"]["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_policies_of_one_name_are_refused_and_repeated_ones_run_once(data, boxes):
+    twice = [Policy("cheap", budget_gmacs=0.3), Policy("cheap", budget_gmacs=0.4)]
+    with pytest.raises(InputError, match="2 different policies have the name 'cheap'"):
+        validate(_Predictor(boxes), read_coco(data), twice)
+    result = validate(_Predictor(boxes), read_coco(data), ["uniform-14", Policy("uniform-14", grid_override=0), "routed"])
+    assert list(result["policies"]) == ["uniform-14", "routed"]
 
 
 def test_data_sets_that_do_not_fit_are_refused(data, boxes):

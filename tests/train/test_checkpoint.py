@@ -132,8 +132,8 @@ def test_fine_tuning_takes_what_fits(tmp_path: Path) -> None:
 
     source, target = Segmenter(2), Segmenter(5)
     checkpoints.save_checkpoint(tmp_path / "m.safetensors", source, CONFIG, CLASSES)
-    afresh = checkpoints.start_from(target, checkpoints.load_checkpoint(tmp_path / "m.safetensors"), "m.safetensors")
-    assert afresh == ["head.weight", "head.bias"]
+    others = checkpoints.start_from(target, checkpoints.load_checkpoint(tmp_path / "m.safetensors"), "m.safetensors")
+    assert others == ["head.weight", "head.bias"]
     assert torch.equal(target.body.weight, source.body.weight)
 
 

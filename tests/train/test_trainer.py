@@ -200,7 +200,7 @@ def test_an_interrupted_calibration_is_done_by_the_resumed_run(
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
-def test_a_mask_branch_can_begin_afresh_on_a_trained_detector_which_stays_as_it_is(tmp_path: Path, fixed_figures: None) -> None:
+def test_a_new_mask_branch_trains_on_a_detector_that_stays_as_it_is(tmp_path: Path, fixed_figures: None) -> None:
     trainer.train(tiny(), tmp_path / "source", quiet=True)
     source = tmp_path / "source" / "model.safetensors"
     kept = {"weights": str(source), "weights_part": "detector", "train__frozen_detector": True, "train__seed": 5}

@@ -1,4 +1,4 @@
-"""`ShapesDataset`: shapes drawn as they are asked for."""
+"""`ShapesDataset`: shapes drawn when an item is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects as pixels: their coverage, their shadow and their paint, and what a camera adds."""
+"""Renders objects: coverage, shadow and paint, and the blur and noise of a camera."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIXED_POINT_BITS = 4
 
 @dataclass(frozen=True)
 class DrawnObject:
-    """What one object looks like, whatever its place: the outline in pixels about its centre, and its fill."""
+    """The look of one object, independent of its place: the outline in pixels about its centre, and its fill."""
 
     label: int
     outline: Outline
@@ -119,7 +119,7 @@ def draw_background(rng: np.random.Generator, height: int, width: int) -> tuple[
 
 
 def photograph(rng: np.random.Generator, canvas: Array, blur: float, noise: float) -> Array:
-    """What a camera adds: a little blur, then noise; rounded to uint8."""
+    """The image with a little blur, then noise, as a camera adds them; rounded to uint8."""
     if blur > 0.3:
         canvas = cv2.GaussianBlur(canvas, (5, 5), blur)
     grain = rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(noise)

@@ -1,4 +1,4 @@
-"""Images and videos of shapes: which objects stand where, and what is visible of each."""
+"""Images and videos of shapes: places the objects, and computes the visible part of each."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SMALLEST_IMAGE = 64
 
 
 class _Visible:
-    """The masks of the objects laid so far, each without what later ones hide."""
+    """The masks of the objects placed so far, each without the pixels that later ones hide."""
 
     def __init__(self, height: int, width: int) -> None:
         self._owner = np.zeros((height, width), np.uint8)
         self._wholes: list[int] = []
 
     def admits(self, shape: Footprint) -> bool:
-        """Whether this object may be laid: enough of it is in the image, and it leaves enough of all others."""
+        """Whether this object may be placed: enough of it is in the image, and enough of all others stays visible."""
         if np.count_nonzero(shape.mask) < max(1.0, VISIBLE_SHARE * shape.whole):
             return False
         after = self._counts()
@@ -91,7 +91,7 @@ def draw_image(rng: np.random.Generator, height: int, width: int) -> tuple[Array
 
     Returns:
         The image `[height, width, 3] uint8` RGB, and its objects from back to front: `label` (index into `CLASSES`) and `mask`
-        (`[height, width] bool`, what is visible of the object, the pixels it covers by half or more).
+        (`[height, width] bool`, the visible pixels that the object covers by half or more).
 
     Raises:
         InputError: the image is too small to hold objects.
@@ -119,10 +119,10 @@ class _Flight:
     thing: DrawnObject
     start: Array
     velocity: Array
-    """Pixels a frame, (x, y)."""
+    """Pixels per frame, (x, y)."""
     angle: float
     spin: float
-    """Radians a frame."""
+    """Radians per frame."""
 
     def at(self, frame: int, height: int, width: int) -> tuple[Array, float]:
         room = np.array([width, height]) + 2 * self.thing.radius

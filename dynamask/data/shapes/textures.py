@@ -45,6 +45,6 @@ def distinct_colour(rng: np.random.Generator, taken: list[Array]) -> Array:
     """A random colour, RGB float32, kept apart from those in `taken`: the best of four draws."""
     draws = rng.uniform(20, 235, (4, 3)).astype(np.float32)
     distances = np.linalg.norm(draws[:, None] - np.stack(taken)[None], axis=-1)
-    # The ground comes first in `taken` and counts most: it touches every outline.
+    # The background comes first in `taken` and counts most, because it touches every outline.
     distances[:, 1:] *= 1.5
     return np.asarray(draws[int(distances.min(axis=1).argmax())])
