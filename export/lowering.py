@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from export.seams import RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
 from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
-from runtime.graph import CONTINUE, DETECTIONS, EXIT, PYRAMID, SLOTS
+from runtime.graph import CONTINUE, DETECTIONS, EXIT, INPUTS, PYRAMID, SLOTS
 from trt_plugins.msm_route.operator import SIZES
 from trt_plugins.operator import DType, Operator, TensorSpec
 from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX
@@ -68,7 +68,7 @@ class Lowered:
     operators: tuple[PlacedOperator, ...]
     """In the order in which they run."""
     ranges: Mapping[str, tuple[Shape, Shape, Shape]]
-    """Inputs whose shape varies -> minimum, optimum and maximum."""
+    """Each input of the graph -> its minimum, optimum and maximum shape."""
 
 
 def lower(model: onnx.ModelProto, profile: Profile | None = None) -> Lowered:
@@ -308,10 +308,10 @@ def _reached(tensors: Iterable[gs.Tensor]) -> list[gs.Tensor]:
 
 def _ranges(facts: GraphFacts, profile: Profile) -> dict[str, tuple[Shape, Shape, Shape]]:
     """`Lowered.ranges`."""
-    images = [(count, 3, *canvas) for count, canvas in zip(profile.batch, profile.canvas, strict=True)]
-    slots = [(count * facts.detections,) for count in profile.batch]
-    shapes: dict[str, list[Shape]] = {"image": [*images], "grid_override": [*slots]}
-    return {name: (minimum, optimum, maximum) for name, (minimum, optimum, maximum) in shapes.items() if minimum != maximum}
+    images: list[Shape] = [(count, 3, *canvas) for count, canvas in zip(profile.batch, profile.canvas, strict=True)]
+    slots: list[Shape] = [(count * facts.detections,) for count in profile.batch]
+    vary = {"image": images, "grid_override": slots}
+    return {name: (minimum, optimum, maximum) for name in INPUTS for minimum, optimum, maximum in [vary.get(name, [(), (), ()])]}
 
 
 def place_operators(graph: gs.Graph) -> Iterator[PlacedOperator]:

@@ -39,7 +39,7 @@ def build_serialized(target: str, model: Path, engine: Path, library: KernelLibr
     Args:
         engine: the file to write; a log is written beside it.
         library: the kernels of the graph's plugins, which `tensorrt` runs on the GPU at hand to time them.
-        ranges: each input whose shape varies -> its minimum, optimum and maximum shape; the engine is tuned for the optimum.
+        ranges: each input -> its minimum, optimum and maximum shape; the engine is tuned for the optimum.
 
     Raises:
         InputError: a node does not fit its plugin, or for `tensorrt` there is no GPU.
@@ -134,11 +134,12 @@ class _Builder:
             config.clear_flag(trt.BuilderFlag.TF32)
             # One stream only: TensorRTEngine relies on the order of events and kernels in it.
             config.max_aux_streams = 0
-            if ranges:
-                profile = builder.create_optimization_profile()
-                for name, shapes in ranges.items():
-                    profile.set_shape(name, *(trt.Dims(list(shape)) for shape in shapes))
-                config.add_optimization_profile(profile)
+            # Where nothing varies too: without a profile TensorRT creates no execution context for a graph with data-dependent sizes.
+            profile = builder.create_optimization_profile()
+            for name, shapes in ranges.items():
+                profile.set_shape(name, *(trt.Dims(list(shape)) for shape in shapes))
+            if config.add_optimization_profile(profile) < 0:
+                raise self._failure("does not take the profile", self.error)
             with _timing_cache(trt, config, driver):
                 serialized = cast("tensorrt.IHostMemory | None", builder.build_serialized_network(network, config))
             if serialized is None:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from runtime.bundle import Bundle, Canvas, EngineEntry, Profile
 from runtime.errors import DynaMaskError, InputError
-from runtime.graph import GRIDS, INPUTS, OUTPUTS
+from runtime.graph import GRIDS, INPUTS, MASKS, OUTPUTS, SLOTS
 from runtime.targets.base import EngineOutput, GridOverride, check_fits, closed_engine, slot_overrides
 from trt_plugins.driver import open_driver
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     import tensorrt
 
 ENGINE = "engine.bin"
+UNKNOWN = (-1,)
+DATA_DEPENDENT = frozenset((*SLOTS, *MASKS))
+"""Outputs whose number of rows depends on the image. They have room for every slot: an instance has one mask."""
 _LOADING = threading.Lock()
 """Held while an engine is loaded: its plugins take the launcher that is registered at that time."""
 
@@ -46,7 +49,7 @@ class Tensor:
     buffer: npt.NDArray[Any]
     """Pinned memory for the largest size, flat."""
     shape: tuple[int, ...]
-    """The shape in the current run."""
+    """The shape in the current run; `UNKNOWN` from its start until TensorRT tells the shape, where the image decides it."""
 
     @property
     def host(self) -> npt.NDArray[Any]:
@@ -134,8 +137,9 @@ class TensorRTEngine:
         overrides = slot_overrides(grid_override, slots)
         with driver.current():
             self._set_input_shapes(max(images, self.profile.batch[0]), (height, width))
-            for name in tensors.keys() - self._allocators.keys():
-                tensors[name].shape = sizes(self._context.get_tensor_shape(name))
+            shapes = _shapes(max(images, self.profile.batch[0]), (height, width), self.manifest.detections)
+            for name, shape in shapes.items():
+                tensors[name].shape = UNKNOWN if name in DATA_DEPENDENT else shape
             canvases, min_scores, budgets, given = (tensors[name].host for name in INPUTS)
             canvases[:images], canvases[images:] = image, 0
             # Detections on an empty canvas get a fixed grid, so that the budget does not count them; the smallest grid costs least.
@@ -146,7 +150,7 @@ class TensorRTEngine:
             driver.record(self._start, stream)
             for name in INPUTS:
                 driver.to_device(tensors[name].address, tensors[name].host, stream)
-            self._execute()
+            self._execute(shapes)
             # TensorRT waited for the sizes itself, so they are known.
             for name in OUTPUTS:
                 if tensors[name].host.size:
@@ -208,26 +212,23 @@ class TensorRTEngine:
                 )
 
     def _create_tensors(self, trt: TensorRT, resources: contextlib.ExitStack) -> dict[str, Tensor]:
-        self._set_input_shapes(self.profile.batch[-1], self.profile.canvas[-1])
-        shapes = {name: sizes(self._context.get_tensor_shape(name)) for name in (*INPUTS, *OUTPUTS)}
-        types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in shapes}
-        bytes_of = {name: math.prod(shapes[name]) * types[name].itemsize for name in INPUTS}
-        bytes_of |= {name: self._context.get_max_output_size(name) for name in OUTPUTS}
-        for name, size in bytes_of.items():
-            if size < 0:  # Without a profile TensorRT knows no largest size.
-                raise DynaMaskError(f"TensorRT does not say how large the output {name} of {self._path} can be; {self._remedy}")
-        with self._explaining_out_of_memory(sum(bytes_of.values())):
-            return {name: self._create_tensor(trt, name, shapes[name], types[name], size, resources) for name, size in bytes_of.items()}
+        images, canvas = self.profile.batch[-1], self.profile.canvas[-1]
+        self._set_input_shapes(images, canvas)
+        # Not TensorRT's get_max_output_size: it is -1 for some data-dependent outputs, whose largest size is known here.
+        largest = {
+            name: np.empty(shape, trt.nptype(self._engine.get_tensor_dtype(name)))
+            for name, shape in _shapes(images, canvas, self.manifest.detections).items()
+        }
+        with self._explaining_out_of_memory(sum(array.nbytes for array in largest.values())):
+            return {name: self._create_tensor(trt, name, array, resources) for name, array in largest.items()}
 
-    def _create_tensor(
-        self, trt: TensorRT, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, resources: contextlib.ExitStack
-    ) -> Tensor:
-        address, memory = self._driver.allocate(_round_up(size)), self._driver.allocate_pinned(size)
+    def _create_tensor(self, trt: TensorRT, name: str, largest: npt.NDArray[Any], resources: contextlib.ExitStack) -> Tensor:
+        """A tensor with buffers like `largest`; TensorRT gets its address or, where the image decides its size, an allocator."""
+        address, memory = self._driver.allocate(_round_up(largest.nbytes)), self._driver.allocate_pinned(largest.nbytes)
         resources.callback(self._driver.free, address)
         resources.callback(self._driver.free_pinned, memory)
-        tensor = Tensor(address, memory.view(dtype), shape)
-        if -1 in shape:
-            # The shape depends on the values of the inputs.
+        tensor = Tensor(address, memory.view(largest.dtype), largest.shape)
+        if name in DATA_DEPENDENT:
             self._allocators[name] = _output_allocator(trt, tensor)
             self._context.set_output_allocator(name, self._allocators[name])
         else:
@@ -251,16 +252,27 @@ class TensorRTEngine:
                 "end other programs that use the GPU, or build it with --precision fp16."
             ) from error
 
-    def _execute(self) -> None:
+    def _execute(self, largest: Mapping[str, tuple[int, ...]]) -> None:
+        """Enqueue the run, and check the shapes that TensorRT tells against the largest of this run."""
         with self._plugins.raising():
             done = self._context.execute_async_v3(self._stream)
         if not done:
             raise DynaMaskError(f"TensorRT could not run {self._path} ({self._logger.reason}).")
         for name in self._allocators:
-            if -1 in self._tensors[name].shape:  # Reported of TensorRT 10.16 on a Jetson.
+            (most, *rest), (rows, *others) = largest[name], self._tensors[name].shape
+            if not 0 <= rows <= most or others != rest:  # That it tells -1 was reported of TensorRT 10.16 on a Jetson.
                 raise DynaMaskError(
-                    f"TensorRT did not say how large the output {name} of {self._path} is; install another version of TensorRT."
+                    f"TensorRT says that the output {name} of {self._path} is {[rows, *others]}, and at most {[most, *rest]} is possible; "
+                    "install another version of TensorRT."
                 )
+
+
+def _shapes(images: int, canvas: Canvas, detections: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each input and output for a number of images, data-dependent outputs at their largest size."""
+    slots = images * detections
+    shapes: dict[str, tuple[int, ...]] = {"image": (images, 3, *canvas), "min_score": (), "budget": (), "boxes": (slots, 4)}
+    shapes |= {name: (slots, grid, grid) for name, grid in zip(MASKS, GRIDS, strict=True)}
+    return {name: shapes.get(name, (slots,)) for name in (*INPUTS, *OUTPUTS)}
 
 
 def _logger(trt: TensorRT) -> Any:

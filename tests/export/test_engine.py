@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import onnx
 import pytest
 
 from dynamask.model import DynaMask
-from export import engine
+from export import engine, serialized_engine
 from export.engine import build_engine
 from export.lowering import lower
 from export.precision import to_fp16
@@ -26,9 +27,11 @@ from export.seams import FACTS
 from export.serialized_engine import build_serialized
 from runtime.bundle import MANIFEST, MODEL, Bundle, Manifest, Profile
 from runtime.errors import DynaMaskError, InputError
+from runtime.graph import INPUTS
 from runtime.targets.registry import open_engine
 from trt_plugins.engine import ENGINE
 from trt_plugins.kernels import KernelLibrary
+from trt_plugins.tensorrt import load
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -282,3 +285,27 @@ def test_building_loads_neither_pytorch_nor_triton_nor_tensorrt_before_it_must()
         "assert not {'torch', 'triton', 'tensorrt_rtx'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("profile", [None, Profile(batch=(1, 2, 4), canvas=((64, 96), (128, 160), (128, 160)))])
+def test_an_engine_has_a_profile_even_where_nothing_varies(portable: onnx.ModelProto, tmp_path: Path, profile: Profile | None) -> None:
+    trt, profiles = load("tensorrt-rtx"), []
+
+    class Builder(trt.Builder):  # type: ignore[name-defined, misc]
+        def build_serialized_network(self, network: Any, config: Any) -> bytes:
+            names = [network.get_input(index).name for index in range(network.num_inputs)]
+            assert config.num_optimization_profiles == len(profiles) == 1
+            ranges.update((name, tuple(map(tuple, profiles[0].get_shape(name)))) for name in names)
+            return b"an engine"
+
+        def create_optimization_profile(self) -> Any:
+            profiles.append(super().create_optimization_profile())
+            return profiles[-1]
+
+    lowered, ranges = lower(portable, profile), {}
+    onnx.save(lowered.model, tmp_path / MODEL)
+    proxy: Any = ModuleType(trt.__name__)
+    proxy.__getattr__, proxy.Builder = lambda name: getattr(trt, name), Builder
+    builder = serialized_engine._Builder(proxy, lambda phase, done, total: None)
+    builder.build(tmp_path / MODEL, tmp_path / ENGINE, lowered.ranges, None, None)
+    assert ranges == lowered.ranges and set(ranges) == set(INPUTS)

@@ -154,13 +154,6 @@ class FakeContext:
         slots = -1 if images == -1 else SLOTS * images
         return {"masks": (-1, int(grid or 0), int(grid or 0)), "slots": (-1,), "boxes": (slots, 4)}.get(kind, (slots,))
 
-    def get_max_output_size(self, name):
-        assert -1 not in self.get_tensor_shape("image"), "TensorRT would say -1"
-        if self.engine.trt.largest is not None:
-            return self.engine.trt.largest
-        shape = [SLOTS * self.profile.batch[-1] if size == -1 else size for size in self.get_tensor_shape(name)]
-        return int(np.prod(shape)) * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
-
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
 
@@ -195,7 +188,9 @@ class FakeContext:
                 size = result.size * np.dtype(self.engine.get_tensor_dtype(name)).itemsize
                 self.addresses[name] = self.allocators[name].reallocate_output_async(name, 0, size, 256, stream)
                 assert self.addresses[name]
-                self.allocators[name].notify_shape(name, self.get_tensor_shape(name) if self.engine.trt.silent else result.shape)
+                told = self.engine.trt.told.get(name, result.shape)
+                if told is not None:
+                    self.allocators[name].notify_shape(name, told)
             self.array(name, result.shape)[:] = result
         return True
 
@@ -237,8 +232,8 @@ class FakeCache:
 
 def fake_trt(name="tensorrt_rtx", names=(*INPUTS, *OUTPUTS), profile=ONE):
     trt = types.ModuleType(name)
-    trt.__version__, trt.broken, trt.silent, trt.nptype, trt.profile = "9.8.7", False, False, np.dtype, profile
-    trt.refusal, trt.largest = "incompatible serialization version.\nSecond line.", None
+    trt.__version__, trt.broken, trt.told, trt.nptype, trt.profile = "9.8.7", False, {}, np.dtype, profile
+    trt.refusal = "incompatible serialization version.\nSecond line."
 
     class ILogger:
         ERROR, INTERNAL_ERROR, INFO = range(3)
@@ -454,11 +449,15 @@ def test_an_engine_of_another_profile_than_the_manifest_says_is_refused(bundle, 
     assert not driver.blocks and not driver.streams
 
 
-def test_a_size_that_tensorrt_does_not_tell_is_no_size(several):
+@pytest.mark.parametrize("told", [None, (-1,), (SLOTS + 1,), (2, 2)])
+def test_a_size_that_cannot_be_is_refused_in_every_run(several, told):
     with several(SEVERAL) as engine:
-        engine._engine.trt.silent = True
-        with pytest.raises(DynaMaskError, match=r"did not say how large the output slots_14 of .*engine\.bin is"):
+        engine.run(image(0.9, 0.6))  # What this run was told does not count in the next one.
+        engine._engine.trt.told["slots_14"] = told
+        with pytest.raises(DynaMaskError, match=rf"slots_14 of .*engine\.bin is \[.*\], and at most \[{SLOTS}\] is possible"):
             engine.run(image())
+        engine._engine.trt.told.clear()
+        check_found(engine.run(image(0.9)), (0.9,), [FREE])
 
 
 @pytest.mark.parametrize("profile", [ONE, PAIRS, SEVERAL])
@@ -530,15 +529,6 @@ def test_a_gpu_that_tensorrt_leaves_out_is_not_sent_to_build_again(bundle, insta
         InputError, match=r"cannot be rebuilt for it\); build the bundle for another target there, with dynamask build-engine"
     ):
         TensorRTEngine(add_engine(bundle, plan=b"another's"), "tensorrt-rtx")
-
-
-def test_an_output_without_a_largest_size_is_refused(bundle, install):
-    trt, driver = fake_trt(), FakeDriver()
-    trt.largest = -1
-    install(trt, driver)
-    with pytest.raises(DynaMaskError, match=r"TensorRT does not say how large the output \w+ of .*engine\.bin can be"):
-        TensorRTEngine(bundle, "tensorrt-rtx")
-    assert not driver.blocks and not driver.streams
 
 
 def test_a_failed_run_gives_tensorrts_reason_and_may_be_followed_by_another(bundle, install):
