@@ -1,4 +1,4 @@
-"""`dynamask data`: writes generated data sets for training and validation."""
+"""`dynamask data`: writes generated data sets, and converts labels to COCO format."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import typer
 
 from cli.options import Json
 
-app = typer.Typer(help="Write generated data sets for training and validation.", no_args_is_help=True)
+app = typer.Typer(help="Convert labels to COCO format, or write generated data sets.", no_args_is_help=True)
 
 
 @app.callback()
 def data() -> None:
-    """Write generated data sets for training and validation."""
+    """Convert labels to COCO format, or write generated data sets."""
 
 
 @app.command()
@@ -99,6 +99,41 @@ def prepare_miniature(
     if json is not None:
         write_json(json, result)
     typer.echo(result["root"])
+
+
+@app.command()
+def convert(
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="The folder of the photos, as the labelling tool exported it.")],
+    output: Annotated[Path, typer.Argument(metavar="FILE.json", help="The COCO file to write.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|FOLDER", help="The labels, if they are not in the folder of the photos."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--format", metavar="coco|yolo|labelme|cvat", help="The format of the labels; by default their content tells."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Write labels of COCO, YOLO segmentation, LabelMe or CVAT as one COCO file.
+
+    Exports of Roboflow are read too, in COCO and YOLOv8 segmentation. File names in the COCO file are relative to PHOTOS.
+
+    Example: dynamask data convert export labels.json
+    """
+    from dynamask.data.labels import read_labels
+    from runtime.files import check_apart, check_file, write_json
+
+    check_file(output)
+    check_apart([output, *([] if json is None else [json])], [] if labels is None else [labels])
+    found = read_labels(photos, labels, kind)
+    found.write(output)
+    for line in found.summary():
+        typer.echo(line, err=True)
+    if json is not None:
+        write_json(json, {"file": str(output), "format": found.format, **found.counts()})
+    typer.echo(f"{output}: {len(found.annotations)} objects of {len(found.classes)} classes in {len(found.images)} photos")
+    typer.echo(f"Train on it with --set data.train_annotations={output} --set data.train_images={photos}")
 
 
 def parse_size(size: str) -> tuple[int, int]:

@@ -91,6 +91,18 @@ def frame_count(path: str | os.PathLike[str]) -> int:
         return _count(image)
 
 
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Height and width in pixels of the image that `read_image` gives, from the file's first bytes: nothing is decoded.
+
+    Raises:
+        InputError, DynaMaskError: as `read_image`, as far as the first bytes tell.
+    """
+    path = _checked(Path(path))
+    with _errors(path), _recorded_warnings(), _open(path, path) as image:
+        turned = (_orientation(image) or 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def is_image(path: str | os.PathLike[str]) -> bool:
     """Whether the file's content begins as an image of a known format does; it may still be damaged."""
     try:
