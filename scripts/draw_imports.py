@@ -1,4 +1,4 @@
-"""Print which package imports which, read off the code, as a Mermaid graph: the drawing in docs/architecture.md.
+"""Print which package imports which, read off the code: the drawing in docs/architecture.md.
 
 python scripts/draw_imports.py
 """
@@ -23,8 +23,27 @@ def edges() -> list[tuple[str, str]]:
 
 
 def drawing() -> str:
-    """The graph as a fenced Mermaid block, an arrow for each edge."""
-    return "\n".join(["```mermaid", "graph TD", *(f"    {importing} --> {imported}" for importing, imported in edges()), "```"])
+    """One line for each package, with arrows to the packages that it imports; no line imports a package of a line above.
+
+    Raises:
+        ValueError: packages import each other in a circle.
+    """
+    imported: dict[str, set[str]] = {name: set() for edge in edges() for name in edge}
+    for importing, name in edges():
+        imported[importing].add(name)
+    order: list[str] = []
+    while len(order) < len(imported):
+        ready = sorted(name for name in imported.keys() - set(order) if imported[name] <= set(order))
+        if not ready:
+            raise ValueError(f"{', '.join(sorted(imported.keys() - set(order)))} import each other in a circle.")
+        order += reversed(ready)
+    width = max(map(len, order))
+    lines = []
+    for name in reversed(order):
+        targets = [target for target in reversed(order) if target in imported[name]]
+        arrow = f" {'─' * (width - len(name))}──▶ {', '.join(targets)}" if targets else ""
+        lines.append(f"    {name}{arrow}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
