@@ -83,9 +83,94 @@ class AdditiveFusion(nn.Module):
         return F.relu(self.smooth(upsampled(self.reduce(region)) + crop))
 
 
+class HalfAlignedFusion(nn.Module):
+    """Deformable alignment at the region's own resolution, a quarter of the cells that the FAM aligns.
+
+    The crop is averaged over 2 x 2 cells for the offsets; the aligned feature is upsampled and fused with the whole crop by a 3 x 3
+    convolution.
+    """
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(inputs, channels, 1)
+        self.align_offset = nn.Conv2d(2 * channels, 2 * TAPS, 3, padding=1)
+        self.align = DeformConv2d(channels, channels)
+        self.fuse = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        kaiming(self.reduce, self.fuse)
+        gaussian(0.0, self.align_offset)
+
+    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
+        region = self.reduce(region)
+        offset = self.align_offset(torch.cat([region, F.avg_pool2d(crop, 2)], dim=1))
+        aligned = upsampled(F.relu(self.align(region, offset)))
+        return F.relu(self.fuse(torch.cat([aligned, crop], dim=1)))
+
+
+class CoarseFusion(nn.Module):
+    """A 3 x 3 convolution at the region's resolution, and one that fuses it with the crop at the crop's."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.align = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.fuse = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        kaiming(self.align, self.fuse)
+
+    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
+        aligned = upsampled(F.relu(self.align(region)))
+        return F.relu(self.fuse(torch.cat([aligned, crop], dim=1)))
+
+
+class CoarseAddition(nn.Module):
+    """`CoarseFusion` with the crop added, not concatenated."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.align = nn.Conv2d(inputs, channels, 3, padding=1)
+        self.fuse = nn.Conv2d(channels, channels, 3, padding=1)
+        kaiming(self.align, self.fuse)
+
+    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
+        return F.relu(self.fuse(upsampled(F.relu(self.align(region))) + crop))
+
+
+class SeparableFusion(nn.Module):
+    """Fusion at the region's resolution, on four channels for each of the output's, which become its 2 x 2 cells (sub-pixel
+    convolution, Shi et al., CVPR 2016).
+
+    The convolution is separable, and the crop's 2 x 2 cells enter as channels. Four times the channels on a quarter of the cells fill
+    the vector units of a CPU, which 8 channels do not.
+    """
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        wide = 4 * channels
+        self.fuse = nn.Conv2d(inputs + wide, wide, 1)
+        self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+        self.pointwise = nn.Conv2d(wide, wide, 1)
+        kaiming(self.fuse, self.depthwise, self.pointwise)
+
+    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
+        fused = F.relu(self.fuse(torch.cat([region, packed(crop)], dim=1)))
+        return unpacked(F.relu(fused + self.pointwise(self.depthwise(fused))))
+
+
 def upsampled(region: Tensor) -> Tensor:
     """Twice the resolution, bilinear: `[N, C, S, S] -> [N, C, 2S, 2S]`."""
     return F.interpolate(region, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def packed(x: Tensor) -> Tensor:
+    """2 x 2 cells as channels, `[N, C, 2S, 2S] -> [N, 4C, S, S]`: `torch.nn.functional.pixel_unshuffle`, which is wrong where N is 0."""
+    _, channels, height, width = x.shape
+    cells = x.reshape(x.shape[0], channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def unpacked(x: Tensor) -> Tensor:
+    """The inverse of `packed`, `[N, 4C, S, S] -> [N, C, 2S, 2S]`."""
+    _, channels, height, width = x.shape
+    cells = x.reshape(x.shape[0], channels // 4, 2, 2, height, width)
+    return cells.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 FUSIONS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -93,5 +178,9 @@ FUSIONS: dict[str, Callable[[int, int], nn.Module]] = {
     "one_deform": AlignedFusion,
     "conv": ConvolutionFusion,
     "add": AdditiveFusion,
+    "half_fam": HalfAlignedFusion,
+    "coarse": CoarseFusion,
+    "coarse_add": CoarseAddition,
+    "separable": SeparableFusion,
 }
 """`model.fusion` -> a stage's module, made from its numbers of input and output channels."""

@@ -14,7 +14,17 @@ from torchvision.models.detection.roi_heads import maskrcnn_loss
 
 from dynamask.baselines import BidirectionalPyramid, MaskRCNNBranch, PathAggregation, WeightedSum
 from dynamask.config import R50, Config, ModelConfig, load_config
-from dynamask.fam import FUSIONS, AdditiveFusion, AlignedFusion, ConvolutionFusion, FeatureAggregation
+from dynamask.fam import (
+    FUSIONS,
+    AdditiveFusion,
+    AlignedFusion,
+    CoarseFusion,
+    ConvolutionFusion,
+    FeatureAggregation,
+    HalfAlignedFusion,
+    packed,
+    unpacked,
+)
 from dynamask.mask_branch import DynamicMaskBranch
 from dynamask.mask_targets import grid_targets
 from dynamask.model import DynaMask, build_mask_branch, build_model
@@ -29,7 +39,7 @@ FIELDS = {
 CLASSES = [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]
 VARIANTS: dict[str, dict[str, Any]] = {
     **{f"maskrcnn-{grid}": {"model.mask_head": "maskrcnn", "model.mask_grid": grid} for grid in GRIDS},
-    **{fusion: {"model.fusion": fusion} for fusion in ("one_deform", "conv", "add")},
+    **{fusion: {"model.fusion": fusion} for fusion in FUSIONS if fusion != "fam"},
     **{pyramid: {"model.pyramid": pyramid, "model.fusion": "add"} for pyramid in ("panet", "bifpn")},
 }
 
@@ -139,9 +149,19 @@ def test_fusions_cost_what_the_formulas_say() -> None:
         "conv": 2 * 9 * c * c + 2 * c * c,
         "add": 9 * c * c,
     }
-    for fusion, macs in per_cell.items():
+    coarse_cell = {
+        "half_fam": 9 * c * c + 9 * 18 * 2 * c + inputs * c,
+        "coarse": 9 * c * inputs,
+        "coarse_add": 9 * c * inputs,
+        "separable": (inputs + 4 * c) * 4 * c + 9 * 4 * c + 16 * c * c,
+    }
+    fine_cell = {"half_fam": 18 * c * c, "coarse": 18 * c * c, "coarse_add": 9 * c * c, "separable": 0}
+    wanted = {fusion: macs * grid**2 + reduce for fusion, macs in per_cell.items()}
+    wanted |= {fusion: macs * (grid // 2) ** 2 + fine_cell[fusion] * grid**2 for fusion, macs in coarse_cell.items()}
+    assert wanted.keys() == FUSIONS.keys()
+    for fusion, macs in wanted.items():
         costs = build_mask_branch(R50.model_copy(update={"fusion": fusion}), classes=3).grid_gmacs()
-        assert costs[1] - costs[0] - head == pytest.approx((macs * grid**2 + reduce) / 1e9, rel=1e-9), fusion
+        assert costs[1] - costs[0] - head == pytest.approx(macs / 1e9, rel=1e-9), fusion
 
 
 def test_pyramids_cost_what_the_formulas_say() -> None:
@@ -178,6 +198,39 @@ def test_addition_is_symmetric_in_what_it_adds() -> None:
     small, other = torch.randn(2, 8, 7, 7), torch.randn(2, 8, 7, 7)
     large, larger = (F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False) for x in (small, other))
     torch.testing.assert_close(stage(small, larger), stage(other, large))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_fusion_sees_both_of_its_inputs_where_they_are(fusion: str) -> None:
+    """A change of one cell reaches the output there, and nothing far from it: resolutions and layouts are not mixed up."""
+    torch.manual_seed(0)
+    stage = FUSIONS[fusion](6, 4).eval()
+    region, crop = torch.rand(1, 6, 14, 14), torch.rand(1, 4, 28, 28)
+    before = stage(region, crop)
+    assert before.shape == crop.shape
+    changed_region, changed_crop = region.clone(), crop.clone()
+    changed_region[0, :, 3, 9] += 5
+    changed_crop[0, :, 7, 19] += 5
+    for after in (stage(changed_region, crop), stage(region, changed_crop)):
+        rows, columns = torch.nonzero((after - before).abs().amax(dim=(0, 1)) > 1e-4).unbind(1)
+        assert 0 <= rows.min() <= 7 <= rows.max() <= 14 and 12 <= columns.min() <= 19 <= columns.max() <= 26
+
+
+def test_cells_are_packed_as_in_pixel_unshuffle() -> None:
+    x = torch.randn(3, 4, 6, 10)
+    torch.testing.assert_close(packed(x), F.pixel_unshuffle(x, 2), atol=0, rtol=0)
+    torch.testing.assert_close(unpacked(packed(x)), x, atol=0, rtol=0)
+    assert packed(x[:0]).shape == (0, 16, 3, 5)
+
+
+@torch.no_grad()
+def test_half_aligned_without_offsets_is_a_convolution_before_upsampling() -> None:
+    half, plain = HalfAlignedFusion(4, 4).eval(), CoarseFusion(4, 4).eval()
+    torch.nn.init.dirac_(half.reduce.weight)
+    plain.load_state_dict({name: value for name, value in half.state_dict().items() if name.split(".")[0] in ("align", "fuse")})
+    region, crop = torch.randn(2, 4, 7, 7), torch.randn(2, 4, 14, 14)
+    torch.testing.assert_close(half(region, crop), plain(region, crop), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
