@@ -55,7 +55,7 @@ def routing(
     from runtime.files import write_json
     from runtime.predictor import load
 
-    parts = _parts(distribution)
+    parts = parse_distribution(distribution)
     with load(bundle, target, threads=threads) as predictor:
         eager = None if checkpoint is None else _eager(checkpoint, predictor.bundle.manifest, threads)
         result = bench_routing(predictor.engine, instances, parts, repeats, eager)
@@ -95,7 +95,12 @@ def latency(
         write_json(json, result)
 
 
-def _parts(distribution: str) -> list[float]:
+def parse_distribution(distribution: str) -> list[float]:
+    """`"35,34,21,10"` as numbers.
+
+    Raises:
+        InputError: a part is no number.
+    """
     from runtime.errors import InputError
 
     try:
