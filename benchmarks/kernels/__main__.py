@@ -31,7 +31,8 @@ def kernels(
 
     Example: python -m benchmarks.kernels --json kernels.json
     """
-    from benchmarks.kernels.cases import CANVAS, CLASSES, bench_kernels, check_gpu
+    from benchmarks.kernels.benchmark import bench_kernels, check_gpu
+    from benchmarks.kernels.sizes import CANVAS, CLASSES
     from runtime.bench import random_boxes, spread
     from runtime.doctor import find_gpus
     from runtime.files import write_json
@@ -60,7 +61,7 @@ def _eager(branch: nn.Module, pyramid: Sequence[Tensor], boxes: Tensor, labels: 
 
     import torch
 
-    from benchmarks.kernels.cases import CANVAS
+    from benchmarks.kernels.sizes import CANVAS
     from dynamask.detector import Detections
     from dynamask.mask_branch import MaskBranch
 

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.kernels import cases as bench
+from benchmarks.kernels import benchmark, deform_conv, detections, mask_branch, paste_masks, proposals, roi_align, sizes
+from benchmarks.kernels import case as cases
 from benchmarks.kernels.__main__ import _eager, app
-from benchmarks.kernels.cases import KERNEL, Ceilings, Contender, Work, bench_kernels, deform_conv_work, input_sets, roofline, summary
+from benchmarks.kernels.case import KERNEL, Case, Work, input_sets, launch, relative_error
+from benchmarks.kernels.roofline import Ceilings, roofline
+from benchmarks.kernels.timing import Contender, summary
 from cli.main import run
 from dynamask.config import R50
 from dynamask.model import build_mask_branch
-from dynamask.rfpn import STAGE_LEVELS
 from runtime.errors import InputError
-from runtime.graph import GRIDS
 from trt_plugins import on_torch
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.roi_align import RoiAlign
@@ -31,15 +32,10 @@ CEILINGS = Ceilings(bandwidth=2e12, rates={"float16": 400e12, "float32": 50e12})
 BOXES = torch.tensor([[2.0, 3.0, 20.0, 31.0], [10.0, 10.0, 60.0, 50.0], [5.0, 8.0, 50.0, 62.0]])
 
 
-def test_sizes_are_the_preset_s() -> None:
-    assert R50.canvas == bench.CANVAS
-    assert R50.fpn_channels == bench.PYRAMID_CHANNELS
-    assert tuple(zip(R50.stage_channels, GRIDS, strict=True)) == bench.STAGES
-    assert tuple(2**level for level in STAGE_LEVELS) == bench.CROP_STRIDES
-    assert R50.anchor_sizes == bench.ANCHOR_SIZES
-    assert 7 * R50.anchor_sizes[0] == bench.CANONICAL_SIZE
-    assert R50.proposals == R50.proposals_per_level == bench.PROPOSALS
-    assert R50.score_threshold == bench.SCORE_THRESHOLD
+def test_sizes_are_the_paper_s() -> None:
+    assert sizes.CANVAS == (800, 1344) and sizes.PYRAMID_CHANNELS == 256 and sizes.CANONICAL_SIZE == 224
+    assert sizes.STAGES == ((256, 14), (128, 28), (64, 56), (32, 112)) and sizes.CROP_STRIDES == (16, 8, 4)
+    assert R50.proposals_per_level == sizes.PROPOSALS == 1000
 
 
 @pytest.mark.parametrize(("dtype", "moved"), [(torch.float16, 21_956_160), (torch.float32, 43_912_320)])
@@ -47,7 +43,9 @@ def test_work_of_the_tiny_stage(dtype: torch.dtype, moved: int) -> None:
     # x and y: 100 * 256 * 196 = 5,017,600 items each; weight: 256 * 256 * 9 = 589,824; bias: 256; offset: 100 * 18 * 196 = 352,800;
     # products: 5,017,600 outputs of 256 * 9 = 2,304 terms.
     shapes = [(100, 256, 14, 14), (256, 256, 3, 3), (100, 18, 14, 14), (256,)]
-    work = deform_conv_work([torch.empty(shape, dtype=dtype, device="meta") for shape in shapes], torch.empty(shapes[0], dtype=dtype))
+    work = deform_conv.deform_conv_work(
+        [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes], torch.empty(shapes[0], dtype=dtype)
+    )
     assert work == Work(bytes=moved, operations=23_121_100_800)
 
 
@@ -78,9 +76,9 @@ def test_as_many_inputs_as_the_cache_cannot_hold_twice(size: int, cache: int, se
 def test_launch_gives_what_the_tests_runner_gives() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(size, generator=generator) for size in [(2, 4, 5, 6), (3, 4, 3, 3), (2, 18, 5, 6), (3,)]]
-    assert torch.equal(bench.launch(bench.PLAIN, inputs)[0], on_torch.run(bench.PLAIN, inputs)[0])
+    assert torch.equal(launch(deform_conv.PLAIN, inputs)[0], on_torch.run(deform_conv.PLAIN, inputs)[0])
     feature = torch.empty(1, 1, 16, 16)
-    sized = bench.launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), torch.tensor(0.0), feature])
+    sized = launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), torch.tensor(0.0), feature])
     assert [len(output) for output in sized[:4]] == [3, 3, 3, 3], "as much room as the slots"
 
 
@@ -101,9 +99,10 @@ class _CPU(TorchFunctionMode):
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small sizes, and the CPU in the GPU's place."""
-    sizes = {"CANVAS": (64, 64), "PYRAMID_CHANNELS": 8, "ANCHOR_SIZES": (8, 16, 24, 32, 40), "CLASSES": 3, "PROPOSALS": 12, "MAX_SETS": 2}
-    for name, value in sizes.items():
-        monkeypatch.setattr(bench, name, value)
+    small = {"CANVAS": (64, 64), "PYRAMID_CHANNELS": 8, "ANCHOR_SIZES": (8, 16, 24, 32, 40), "CLASSES": 3, "PROPOSALS": 12}
+    for name, value in small.items():
+        monkeypatch.setattr(sizes, name, value)
+    monkeypatch.setattr(cases, "MAX_SETS", 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1 << 30))
     with _CPU(), torch.inference_mode():
         torch.manual_seed(0)
@@ -117,20 +116,20 @@ def _region(aligned: int) -> RoiAlign:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: bench._deform_conv(2, 4, 5, torch.float32),
-        lambda: bench._deform_conv(2, 4, 5, torch.float16),
-        lambda: bench._roi_align("box region", _region(0), 4, BOXES, torch.float32),
-        lambda: bench._roi_align("mask region", _region(1), 4, BOXES, torch.float16),
+        lambda: deform_conv.case(2, 4, 5, torch.float32),
+        lambda: deform_conv.case(2, 4, 5, torch.float16),
+        lambda: roi_align.case("box region", _region(0), 4, BOXES, torch.float32),
+        lambda: roi_align.case("mask region", _region(1), 4, BOXES, torch.float16),
     ],
     ids=["DeformConv", "DeformConv in half", "RoiAlign", "RoiAlign in half"],
 )
-def test_contenders_compute_the_same(small: None, build: Callable[[], bench.Case]) -> None:
+def test_contenders_compute_the_same(small: None, build: Callable[[], Case]) -> None:
     case = build()
     assert next(iter(case.contenders)) == KERNEL and {len(each.calls) for each in case.contenders.values()} == {2}
     assert case.error is not None and case.error < (1e-5 if case.dtype == torch.float32 else 5e-3)
     ours, *peers = (_flat(contender.calls[1]()) for contender in case.contenders.values())
     for peer in peers:
-        assert bench.relative_error(ours.sort().values, peer.sort().values) < (1e-5 if case.dtype == torch.float32 else 2e-2)
+        assert relative_error(ours.sort().values, peer.sort().values) < (1e-5 if case.dtype == torch.float32 else 2e-2)
 
 
 def _flat(found: Any) -> Tensor:
@@ -138,22 +137,22 @@ def _flat(found: Any) -> Tensor:
     return torch.cat([part.flatten().float() for part in ([found] if isinstance(found, Tensor) else found)])
 
 
-def _found(case: bench.Case, contender: str) -> Any:
+def _found(case: Case, contender: str) -> Any:
     return case.contenders[contender].calls[0]()
 
 
 def test_proposals_and_detections_find_what_torchvision_finds(small: None) -> None:
-    proposals = bench._proposals(torch.float32)
-    boxes, count = _found(proposals, KERNEL)
-    [expected], _ = _found(proposals, "torchvision")
+    case = proposals.case(torch.float32)
+    boxes, count = _found(case, KERNEL)
+    [expected], _ = _found(case, "torchvision")
     # torchvision's drops boxes that clipping left without area; the model, and so the kernel, does not.
     filled = boxes[: int(count)]
     filled = filled[(filled[:, 2:] > filled[:, :2]).all(dim=1)]
     assert len(filled) > 6
     torch.testing.assert_close(filled, expected[: len(filled)], atol=1e-3, rtol=0)
-    detections = bench._detections(bench.near(BOXES, 12), 6, torch.float32)
-    boxes, scores, labels, _, n = _found(detections, KERNEL)
-    [theirs], [their_scores], [their_labels] = _found(detections, "torchvision")
+    case = detections.case(proposals.near(BOXES, 12), 6, torch.float32)
+    boxes, scores, labels, _, n = _found(case, KERNEL)
+    [theirs], [their_scores], [their_labels] = _found(case, "torchvision")
     assert 0 < int(n) <= 6
     torch.testing.assert_close(boxes[: int(n)], theirs, atol=1e-3, rtol=0)
     torch.testing.assert_close(scores[: int(n)], their_scores)
@@ -165,16 +164,16 @@ def test_the_mask_branch_with_kernels_gives_pytorch_s_masks(small: None) -> None
     branch = build_mask_branch(model, 3).eval()
     for stage in cast(Any, branch.rfpn.stages):
         nn.init.normal_(stage.align_offset.weight, std=0.1)
-    branch.canonical_size = bench.REGION.values["canonical_size"]
+    branch.canonical_size = roi_align.REGION.values["canonical_size"]
     counts = [1, 1, 0, 0]
-    case = bench._mask_branch(bench.ROUTED, branch, _eager, _route(2), BOXES[:2], counts, torch.float32)
+    case = mask_branch.case(mask_branch.ROUTED, branch, _eager, _route(2), BOXES[:2], counts, torch.float32)
     assert case.error is not None and case.error < 1e-4
     assert [len(x) for x in _found(case, "PyTorch eager")] == counts
 
 
 def test_pasted_crops_are_the_host_s(small: None) -> None:
     boxes = torch.cat([BOXES, torch.tensor([[40.0, 50.0, 90.0, 80.0], [70.0, 70.0, 90.0, 90.0], [30.0, 30.0, 20.0, 20.0]])])
-    case = bench._paste_masks(boxes, [2, 0, 3, 1])
+    case = paste_masks.case(boxes, [2, 0, 3, 1])
     assert [len(bits) for bits in _found(case, KERNEL)] == [2, 3, 1]
     for ours, theirs in zip(_found(case, "kernel, crops on the host"), _found(case, "all on the host"), strict=True):
         assert ours[:2] == theirs[:2] and ours[2].shape == theirs[2].shape
@@ -184,9 +183,9 @@ def test_pasted_crops_are_the_host_s(small: None) -> None:
 
 def test_figures_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = {KERNEL: Contender([int]), "peer": Contender([int], graph=False)}
-    monkeypatch.setattr(bench, "call_times", lambda given, runs: ({KERNEL: [2.0] * runs, "peer": [5.0] * runs}, {KERNEL: 4, "peer": 1}))
+    monkeypatch.setattr(benchmark, "call_times", lambda given, runs: ({KERNEL: [2.0] * runs, "peer": [5.0] * runs}, {KERNEL: 4, "peer": 1}))
     work = Work(2_000_000_000, 0)
-    result = bench._measured(bench.Case("a case", torch.float16, contenders, work, 0.25), CEILINGS, 3)
+    result = benchmark._measured(Case("a case", torch.float16, contenders, work, 0.25), CEILINGS, 3)
     assert result["speedup"] == {"peer": 2.5}
     assert result["times"]["peer"] == {"median_ms": 5.0, "p10_ms": 5.0, "p90_ms": 5.0, "calls": 1, "timing": "calls"}
     assert result["floor_ms"] == pytest.approx(1.0) and result["roofline_share"] == pytest.approx(0.5) and result["limit"] == "memory"
@@ -198,7 +197,7 @@ def test_routed_over_largest_is_by_type_and_contender() -> None:
         {"name": f"mask branch, {name}: 1 / 2", "dtype": dtype, "times": {KERNEL: {"median_ms": ms}, "peer": {"median_ms": 2 * ms + 1}}}
         for (name, dtype), ms in medians.items()
     ]
-    found = bench.routed_over_largest([{"name": "MsmRoute", "dtype": "float32", "times": {}}, *cases])
+    found = benchmark.routed_over_largest([{"name": "MsmRoute", "dtype": "float32", "times": {}}, *cases])
     assert found == {"float16": {KERNEL: 0.75, "peer": 7 / 9}, "float32": {KERNEL: 0.25, "peer": 11 / 41}}
 
 
@@ -213,24 +212,24 @@ def test_an_interpreter_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(InputError, match="TRITON_INTERPRET=1"):
-        bench.check_gpu()
+        benchmark.check_gpu()
 
 
 @pytest.mark.parametrize(("counts", "runs"), [([1, 1, 0, 0], 100), ([1, 1, 1, 0], 1)])
 def test_what_measures_nothing_is_refused(counts: Sequence[int], runs: int) -> None:
     with pytest.raises(InputError, match="give some boxes"):
-        bench_kernels(nn.Identity(), _eager, BOXES, counts, runs)
+        benchmark.bench_kernels(nn.Identity(), _eager, BOXES, counts, runs)
 
 
 @pytest.mark.gpu
 def test_the_whole_benchmark_on_a_gpu() -> None:
     boxes = BOXES * 10
-    result = bench_kernels(build_mask_branch(R50, bench.CLASSES).eval(), _eager, boxes, [1, 1, 0, 1], runs=2)
+    result = benchmark.bench_kernels(build_mask_branch(R50, sizes.CLASSES).eval(), _eager, boxes, [1, 1, 0, 1], runs=2)
     assert {case["name"].split()[0].rstrip(":,") for case in result["cases"]} == {
         "DeformConv", "RoiAlign", "Proposals", "Detections", "MsmRoute", "PasteMasks", "mask",
     }  # fmt: skip
     for case in result["cases"]:
         assert all(times["median_ms"] > 0 for times in case["times"].values())
         assert case["error"] is None or case["error"] < (1e-2 if case["dtype"] == "float32" else 5e-2)
-    for case in result["cases"][: 2 * len(bench.STAGES)]:
+    for case in result["cases"][: 2 * len(sizes.STAGES)]:
         assert 0 < case["roofline_share"] < 1.1
