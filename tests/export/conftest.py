@@ -13,9 +13,8 @@ from dynamask.backbone import PyramidBackbone
 from dynamask.config import LITE0, Config
 from dynamask.model import DynaMask, build_model
 from export.graph import export_graph
+from tests.export.portable import CANVAS
 
-# The stride of P6's cells is canvas // map: 64 along this height, 53 along this width.
-CANVAS = (128, 160)
 CLASSES = [{"id": i + 1, "name": f"class {i + 1}"} for i in range(3)]
 
 

@@ -37,7 +37,7 @@ from export.seams import RPN_DELTAS, RPN_LOGITS, GraphFacts
 from runtime.bundle import Profile
 from runtime.errors import InputError
 from runtime.graph import CONTINUE, DETECTIONS, EXIT, GRIDS, PYRAMID, SLOTS
-from tests.export.conftest import CANVAS
+from tests.export.portable import CANVAS
 from tests.export.sessions import open_session, runnable
 from trt_plugins.registry import DOMAIN, OPERATORS
 

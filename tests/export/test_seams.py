@@ -15,9 +15,8 @@ from dynamask.model import DynaMask
 from export.seams import DETECTOR_SEAMS, FACTS, MASK_SEAMS, RPN_DELTAS, RPN_LOGITS, read_facts, write_facts
 from runtime.errors import InputError
 from runtime.graph import CONTINUE, EXIT, PYRAMID
+from tests.export.portable import CANVAS
 from tests.export.sessions import open_session, runnable
-
-CANVAS = (128, 160)
 
 
 @pytest.fixture(scope="module")

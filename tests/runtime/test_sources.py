@@ -29,7 +29,7 @@ def test_a_video_gives_every_frame_with_its_time_and_content(tmp_path: Path) -> 
     assert (source.broken, source.missing) == (0, 0)
 
 
-def test_a_truncated_video_ends_with_what_could_be_decoded_and_says_how_much_is_missing(tmp_path: Path) -> None:
+def test_a_truncated_video_gives_its_frames_and_the_number_of_missing_ones(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "v.mp4", frames=30).read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 6 // 10])
     with open_source(tmp_path / "cut.mp4") as source:
