@@ -135,7 +135,7 @@ def test_a_budget_is_kept_and_larger_ones_give_larger_grids(predictor: Predictor
     assert means == sorted(means)
 
 
-def test_what_scores_too_low_costs_no_mask(predictor: Predictor, image: np.ndarray) -> None:
+def test_detections_below_min_score_have_no_mask(predictor: Predictor, image: np.ndarray) -> None:
     every, sure = predictor(image), predictor(image, min_score=0.5)
     kept = every[every.scores > 0.5]
     assert 0 < len(sure) == len(kept) < len(every)

@@ -32,7 +32,7 @@ CEILINGS = Ceilings(bandwidth=2e12, rates={"float16": 400e12, "float32": 50e12})
 BOXES = torch.tensor([[2.0, 3.0, 20.0, 31.0], [10.0, 10.0, 60.0, 50.0], [5.0, 8.0, 50.0, 62.0]])
 
 
-def test_sizes_are_the_paper_s() -> None:
+def test_sizes_are_the_papers() -> None:
     assert sizes.CANVAS == (800, 1344) and sizes.PYRAMID_CHANNELS == 256 and sizes.CANONICAL_SIZE == 224
     assert sizes.STAGES == ((256, 14), (128, 28), (64, 56), (32, 112)) and sizes.CROP_STRIDES == (16, 8, 4)
     assert R50.proposals_per_level == sizes.PROPOSALS == 1000
@@ -63,17 +63,17 @@ def test_roofline_is_the_longer_of_the_two_times(work: Work, dtype: str, ms: flo
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=50))
-def test_summary_is_numpy_s_quantiles(times: list[float]) -> None:
+def test_summary_agrees_with_numpys_quantiles(times: list[float]) -> None:
     p10, median, p90 = np.quantile(times, [0.1, 0.5, 0.9])
     assert summary(times) == pytest.approx({"median_ms": median, "p10_ms": p10, "p90_ms": p90})
 
 
 @pytest.mark.parametrize(("size", "cache", "sets"), [(100, 30, 1), (100, 50, 1), (100, 51, 2), (100, 200, 4), (1, 1000, 16)])
-def test_as_many_inputs_as_the_cache_cannot_hold_twice(size: int, cache: int, sets: int) -> None:
+def test_input_sets_exceed_twice_the_cache(size: int, cache: int, sets: int) -> None:
     assert input_sets(size, cache) == sets
 
 
-def test_launch_gives_what_the_tests_runner_gives() -> None:
+def test_launch_agrees_with_the_runner_of_the_tests() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(size, generator=generator) for size in [(2, 4, 5, 6), (3, 4, 3, 3), (2, 18, 5, 6), (3,)]]
     assert torch.equal(launch(deform_conv.PLAIN, inputs)[0], on_torch.run(deform_conv.PLAIN, inputs)[0])
@@ -141,7 +141,7 @@ def _found(case: Case, contender: str) -> Any:
     return case.contenders[contender].calls[0]()
 
 
-def test_proposals_and_detections_find_what_torchvision_finds(small: None) -> None:
+def test_proposals_and_detections_agree_with_torchvision(small: None) -> None:
     case = proposals.case(torch.float32)
     boxes, count = _found(case, KERNEL)
     [expected], _ = _found(case, "torchvision")
@@ -159,7 +159,7 @@ def test_proposals_and_detections_find_what_torchvision_finds(small: None) -> No
     assert torch.equal(labels[: int(n)] + 1, their_labels)
 
 
-def test_the_mask_branch_with_kernels_gives_pytorch_s_masks(small: None) -> None:
+def test_the_mask_branch_with_kernels_agrees_with_pytorch(small: None) -> None:
     model = R50.model_copy(update={"canvas": (64, 64), "fpn_channels": 8, "stage_channels": (8, 8, 8, 8)})
     branch = build_mask_branch(model, 3).eval()
     for stage in cast(Any, branch.rfpn.stages):
@@ -171,7 +171,7 @@ def test_the_mask_branch_with_kernels_gives_pytorch_s_masks(small: None) -> None
     assert [len(x) for x in _found(case, "PyTorch eager")] == counts
 
 
-def test_pasted_crops_are_the_host_s(small: None) -> None:
+def test_pasted_crops_agree_with_the_host(small: None) -> None:
     boxes = torch.cat([BOXES, torch.tensor([[40.0, 50.0, 90.0, 80.0], [70.0, 70.0, 90.0, 90.0], [30.0, 30.0, 20.0, 20.0]])])
     case = paste_masks.case(boxes, [2, 0, 3, 1])
     assert [len(bits) for bits in _found(case, KERNEL)] == [2, 3, 1]
@@ -216,7 +216,7 @@ def test_an_interpreter_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(("counts", "runs"), [([1, 1, 0, 0], 100), ([1, 1, 1, 0], 1)])
-def test_what_measures_nothing_is_refused(counts: Sequence[int], runs: int) -> None:
+def test_calls_without_boxes_or_with_one_run_are_refused(counts: Sequence[int], runs: int) -> None:
     with pytest.raises(InputError, match="give some boxes"):
         benchmark.bench_kernels(nn.Identity(), _eager, BOXES, counts, runs)
 

@@ -106,7 +106,7 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(
     assert "pip install tensorrt" in capsys.readouterr().err
 
 
-def test_help_says_what_an_engine_is_bound_to(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_images_and_the_gpus_of_an_engine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build-engine", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(words in said for words in ("one image at a time", "canvas", "tensorrt-rtx", "--compute-capability", "fp16"))

@@ -14,7 +14,7 @@ import cli.main
 from runtime import doctor
 
 
-def test_writes_what_the_machine_can_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_targets_that_run_here_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "doctor.json"
     assert cli.main.main(["doctor", "--json", str(path)]) == 0
     result = json.loads(path.read_text())

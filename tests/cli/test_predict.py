@@ -52,7 +52,7 @@ def test_an_engine_is_reported(bundle):
 
 
 @pytest.mark.parametrize("options", [("--target", "tensorrt"), ("--target", "tensorrt-rtx"), ("--precision", "int8")])
-def test_what_cannot_be_built_is_refused(bundle, options):
+def test_options_that_do_not_fit_are_refused(bundle, options):
     assert isinstance(run("build-engine", bundle, *options).exception, InputError)
 
 

@@ -20,7 +20,7 @@ def fake_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.predictor.load", lambda bundle, target, threads: nullcontext(FakePredictor()))
 
 
-def test_the_command_writes_what_is_asked_for(tmp_path: Path, fake_bundle: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_requested_outputs(tmp_path: Path, fake_bundle: None, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_video(tmp_path / "in.mp4", frames=8)
     outputs = ["--output", tmp_path / "o.mp4", "--jsonl", tmp_path / "o.jsonl", "--frames-dir", tmp_path / "frames"]
     assert main(["stream", "bundle", *map(str, [source, *outputs, "--limit", 5, "--json", tmp_path / "r.json"])]) == 0

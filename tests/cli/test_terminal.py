@@ -46,7 +46,7 @@ def test_no_file_gets_the_number_of_a_closed_descriptor(tmp_path: Path) -> None:
     assert (tmp_path / "out.bin").read_bytes() == b""
 
 
-def test_rich_tables_and_progress_bear_a_reader_that_has_gone(tmp_path: Path) -> None:
+def test_rich_tables_and_progress_survive_a_reader_that_has_gone(tmp_path: Path) -> None:
     lines = (
         "from rich.console import Console; from rich.table import Table\n"
         "for i in range(300):\n    table = Table('a'); table.add_row('x' * 50); Console().print(table)"

@@ -43,7 +43,7 @@ def test_the_tables_fit_a_terminal_of_80_columns(
     assert "skipped torn.jpg" in printed and "left out 17 annotations: empty mask" in printed
 
 
-def test_much_left_out_is_said_at_the_start_and_in_the_result(
+def test_many_annotations_left_out_are_printed_and_in_the_result(
     example_files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     classes = [{"id": entry.id, "name": entry.name} for entry in Bundle.open(example_files["bundle"]).manifest.classes]

@@ -41,7 +41,7 @@ def write_coco(folder: Path, sizes: list[tuple[int, int]]) -> CocoDataset:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 4), st.integers(0, 4))
-def test_pasted_instances_hide_what_lies_under_them(seed: int, count: int, others: int) -> None:
+def test_pasted_instances_hide_the_pixels_below_them(seed: int, count: int, others: int) -> None:
     rng = np.random.default_rng(seed)
 
     def scene(instances: int) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -58,7 +58,7 @@ def test_pixels_become_instances_of_the_eight_classes(root: Path) -> None:
     assert (target["masks"].dtype, target["boxes"].dtype, target["labels"].dtype) == (np.uint8, np.float32, np.int64)
 
 
-def test_an_image_of_road_alone_is_not_learnt_from(root: Path) -> None:
+def test_an_image_of_road_alone_is_not_trained_on(root: Path) -> None:
     dataset = CityscapesDataset(root, "train")
     _, target = dataset[1]
     assert (target["boxes"].shape, target["masks"].shape, target["labels"].shape) == ((0, 4), (0, 4, 6), (0,))

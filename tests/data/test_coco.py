@@ -48,7 +48,7 @@ def test_items_have_boxes_labels_and_masks_of_their_instances(tmp_path):
     assert [entry["iscrowd"] for entry in dataset.coco_dict["annotations"]] == [0, 0, 1]
 
 
-def test_what_is_left_out_of_each_part_is_said_and_counted(tmp_path):
+def test_annotations_left_out_are_printed_and_counted_by_part(tmp_path):
     dataset = CocoDataset(write(tmp_path, [instance(), instance(category_id=99)]), tmp_path)
     parts = {"train": dataset, "val": dataset, "shapes": ShapesDataset(1, seed=0)}
     (line,), counts = left_out_lines(parts), left_out_counts(parts)

@@ -43,7 +43,7 @@ def tiny(kind: str, root: Path | None, **more: Any) -> Config:
 
 
 @pytest.mark.parametrize("kind", OPENERS)
-def test_the_command_writes_what_the_data_set_reads(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_data_set_reads_the_files_of_the_command(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, result = tmp_path / "mini", tmp_path / "result.json"
     assert main(["data", "prepare", kind, str(root), "--json", str(result)]) == 0
     assert capsys.readouterr().out.strip() == str(root)
@@ -58,7 +58,7 @@ def test_no_other_layout_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", OPENERS)
-def test_both_parts_have_instances_to_learn_from_and_to_judge_on(kind: str, roots: dict[str, Path]) -> None:
+def test_both_parts_have_instances_to_train_and_evaluate_on(kind: str, roots: dict[str, Path]) -> None:
     parts: list[LabelledDataset] = [OPENERS[kind](roots[kind], part) for part in ("train", "val")]
     assert [len(part) for part in parts] == list(IMAGES.values())
     assert parts[0].classes == parts[1].classes
@@ -91,7 +91,7 @@ def test_the_miniature_of_cityscapes_has_groups(roots: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", OPENERS)
-def test_every_kind_trains_and_is_judged(kind: str, roots: dict[str, Path], tmp_path: Path) -> None:
+def test_every_kind_trains_and_is_evaluated(kind: str, roots: dict[str, Path], tmp_path: Path) -> None:
     result = trainer.train(tiny(kind, roots[kind]), tmp_path, quiet=True)
     assert (result["steps"], result["total_steps"]) == (2, 2)
     (entry,) = result["ap_by_epoch"]

@@ -165,7 +165,7 @@ def test_a_mask_of_cvat_stands_at_its_place(tmp_path: Path) -> None:
     assert labels.left_out == {"box": 1}
 
 
-def test_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_left_out_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     yolo(tmp_path)
     write(tmp_path / "train" / "labels" / "a.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.5 0.5 0.2 0.2\n")
     write(tmp_path / "train" / "labels" / "b.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5\n")

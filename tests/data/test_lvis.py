@@ -84,7 +84,7 @@ def test_an_image_has_300_detections_of_all_classes_together() -> None:
     assert average_precisions(tree(annotations), [second, *flood, first], "bbox")[:3] == pytest.approx((50, 100, 0))
 
 
-def test_without_annotations_there_is_nothing_to_judge_on() -> None:
+def test_without_annotations_there_is_no_ap() -> None:
     assert average_precisions(tree([]), [thing(1, A, 0, 0.5)], "segm") == (None,) * 4
 
 
@@ -99,7 +99,7 @@ def write(root: Path, truth: dict[str, Any]) -> Path:
     return root
 
 
-def test_images_are_found_by_their_address_and_targets_keep_what_is_known(tmp_path: Path) -> None:
+def test_images_are_found_by_coco_url_and_targets_keep_lvis_lists(tmp_path: Path) -> None:
     truth = tree([thing(1, C, 0), thing(2, B, 0)], negative={2: [A, C]}, partial={1: [C]})
     dataset = lvis_v1(write(tmp_path, truth), "val")
     image, target = dataset[1]

@@ -44,7 +44,7 @@ def test_it_samples_as_torchvision_does(count, opset):
     np.testing.assert_allclose(y, expected, atol=2e-4)
 
 
-def test_what_it_cannot_do_is_refused():
+def test_strides_groups_and_masks_are_refused():
     weight, bias = np.zeros((4, 4, 3, 3), np.float32), np.zeros(4, np.float32)
     for attributes in ({"strides": [2, 2]}, {"offset_group": 2}):
         with pytest.raises(DynaMaskError, match="cannot be rewritten"):

@@ -111,7 +111,7 @@ def test_an_engine_holds_every_kernel_that_its_plugins_launch(built: Any, folder
     assert all(row["compute_capability"] == "8.9" and row["spills"] == 0 and row["shared"] <= 99 * 1024 for row in result["kernels"])
 
 
-def test_the_result_tells_what_became_of_the_graph(built: Any, portable: onnx.ModelProto) -> None:
+def test_the_result_lists_plugins_rewrites_and_kernels(built: Any, portable: onnx.ModelProto) -> None:
     result, _ = built
     assert result["plugins"] == ["DeformConv", "Detections", "MsmRoute", "Proposals", "RoiAlign"]
     deform_convs = Counter(node.op_type for node in portable.graph.node)["DeformConv"]
@@ -120,7 +120,7 @@ def test_the_result_tells_what_became_of_the_graph(built: Any, portable: onnx.Mo
     assert result["versions"]["tensorrt-rtx"] and result["versions"]["triton"] and result["seconds"] > 0
 
 
-def test_progress_counts_kernels_and_the_builder_s_phases(built: Any) -> None:
+def test_progress_counts_kernels_and_the_builders_phases(built: Any) -> None:
     _, steps = built
     kernels = [done for phase, done, _ in steps if phase == "Compiling kernels"]
     assert kernels == list(range(len(kernels))) and len(kernels) > 10
@@ -128,7 +128,7 @@ def test_progress_counts_kernels_and_the_builder_s_phases(built: Any) -> None:
     assert len(last) > 3 and all(done == total for done, total in last.values())
 
 
-def test_what_has_not_changed_is_kept(built: Any, folder: Path, calls: list[tuple[str, ...]]) -> None:
+def test_an_unchanged_engine_is_kept(built: Any, folder: Path, calls: list[tuple[str, ...]]) -> None:
     before = Bundle.open(folder).manifest
     again = build_engine(folder, "tensorrt-rtx", "fp16", ["8.9"])
     assert again["reused"] and not calls and Bundle.open(folder).manifest == before
@@ -153,7 +153,7 @@ def test_control_c_ends_the_builder_and_changes_nothing(built: Any, folder: Path
     assert len(phases) == 1 and Bundle.open(folder).manifest == before and not multiprocessing.active_children()
 
 
-def test_other_kernels_another_precision_or_damage_build_anew(folder: Path, calls: list[tuple[str, ...]]) -> None:
+def test_other_kernels_another_precision_or_damage_build_again(folder: Path, calls: list[tuple[str, ...]]) -> None:
     both = ("8.0", "8.6")
     assert not build_engine(folder, "tensorrt-rtx", "fp16", ["8.6"])["reused"]
     assert not build_engine(folder, "tensorrt-rtx", "fp16", ["8.6", "8.0", "8.6"])["reused"]
@@ -164,7 +164,7 @@ def test_other_kernels_another_precision_or_damage_build_anew(folder: Path, call
     assert build_engine(folder, "tensorrt-rtx", "fp32", both)["reused"]
 
 
-def test_another_profile_builds_anew_and_stands_in_the_manifest(folder: Path, calls: list[tuple[str, ...]]) -> None:
+def test_another_profile_builds_again_and_is_in_the_manifest(folder: Path, calls: list[tuple[str, ...]]) -> None:
     own = ((128, 160),) * 3
     assert build_engine(folder, "tensorrt-rtx", "fp32", ["8.6"])["profile"] == {"batch": [1, 1, 1], "canvas": [[128, 160]] * 3}
     wide = build_engine(folder, "tensorrt-rtx", "fp32", ["8.6"], (1, 2, 4), ((64, 96), *own[1:]))
@@ -193,7 +193,7 @@ def change_lowered(monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.Graph
     monkeypatch.setattr(engine, "lower", lower_and_change)
 
 
-def test_a_plugin_s_refusal_is_the_sentence_that_is_raised(folder: Path, without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_plugin_is_the_one_raised(folder: Path, without_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_inputs(graph: onnx.GraphProto) -> None:
         del next(node for node in graph.node if node.op_type == "DynaMaskDeformConv").input[2:]
 

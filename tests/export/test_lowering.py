@@ -192,7 +192,7 @@ def test_the_pyramids_crops_become_one_launch() -> None:
     assert [len(placed.inputs) for placed in place_operators(sketch.graph)] == [5, 5]
 
 
-def test_crops_of_several_images_know_whose_they_are() -> None:
+def test_crops_of_several_images_have_the_slots_of_their_boxes() -> None:
     """Proposals by their rows, the mask branch's boxes by their slots, which follow them from stage to stage."""
     sketch = Sketch()
     maps = [sketch.input(name, [1, 16, 32 >> i, 32 >> i]) for i, name in enumerate(PYRAMID)]
@@ -300,7 +300,7 @@ def test_routing(profile: Profile) -> None:
     assert len(list(place_operators(sketch.graph))) == 1
 
 
-def test_replacing_removes_what_only_fed_the_outputs() -> None:
+def test_replacing_removes_nodes_that_only_fed_the_outputs() -> None:
     sketch = Sketch()
     x = sketch.input("x", [4])
     shared = sketch.node("Abs", [x], "shared", [4])
@@ -334,7 +334,7 @@ def test_an_operator_that_does_not_fit_names_its_node() -> None:
         list(place_operators(sketch.graph))
 
 
-def test_only_what_changes_nothing_is_dropped() -> None:
+def test_only_identities_are_dropped() -> None:
     sketch = Sketch()
     row, table = sketch.input("row", ["n"], np.int64), sketch.input("table", [3, 4])
     flat = sketch.node("Reshape", [row, np.array([-1])], "flat", ["n"], np.int64)
@@ -348,7 +348,7 @@ def test_only_what_changes_nothing_is_dropped() -> None:
 
 
 @pytest.mark.parametrize(("op", "domain", "says"), [("NonZero", "", "NonZero"), ("Gelu", "com.microsoft", "com.microsoft::Gelu")])
-def test_what_tensorrt_has_not_is_refused(op: str, domain: str, says: str) -> None:
+def test_operators_that_tensorrt_lacks_are_refused(op: str, domain: str, says: str) -> None:
     sketch = Sketch()
     y = sketch.node(op, [sketch.input("x", [4])], "culprit", [4])
     y.inputs[0].domain = domain
@@ -368,7 +368,7 @@ def trt() -> Any:
     return module
 
 
-def test_what_is_refused_is_what_the_parser_refuses(trt: Any) -> None:
+def test_our_refused_operators_are_those_of_the_parser(trt: Any) -> None:
     """And the three that it takes and cannot build."""
     parser = trt.OnnxParser(trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0), trt.Logger(trt.Logger.ERROR))
     standard = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
@@ -477,7 +477,7 @@ def half(portable: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_lowered_graph_computes_what_the_portable_one_does(portable: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
+def test_the_lowered_graph_agrees_with_the_portable_one(portable: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
     model = portable if precision == "fp32" else half
     interpreter = Interpreter(lower(model))
     session = open_session(runnable(portable) if precision == "fp32" else to_fp16(runnable(portable)))
@@ -494,7 +494,7 @@ def test_the_lowered_graph_computes_what_the_portable_one_does(portable: onnx.Mo
     assert min(counts["the MSM decides"]) > 0 and 0 < sum(counts["by size, some given, few"]) < 20 and sum(counts["none"]) == 0
 
 
-def test_a_batch_gives_each_image_what_it_gives_alone(portable: onnx.ModelProto) -> None:
+def test_a_batch_agrees_with_each_image_alone(portable: onnx.ModelProto) -> None:
     session = open_session(runnable(portable))
     interpreter = Interpreter(lower(portable, Profile(batch=(1, 2, 4), canvas=(CANVAS,) * 3)))
     outputs = [value.name for value in session.get_outputs()]
@@ -518,7 +518,7 @@ def test_a_batch_gives_each_image_what_it_gives_alone(portable: onnx.ModelProto)
             np.testing.assert_allclose(together[f"masks_{grid}"][mine], found[f"masks_{grid}"], atol=1e-3, rtol=1e-3)
 
 
-def test_another_canvas_gives_what_a_graph_of_that_canvas_gives(model: DynaMask, portable: onnx.ModelProto, tmp_path: Path) -> None:
+def test_another_canvas_agrees_with_a_graph_of_that_canvas(model: DynaMask, portable: onnx.ModelProto, tmp_path: Path) -> None:
     canvas = (96, 192)
     export_graph(model, tmp_path / "other.onnx", canvas)
     session = open_session(runnable(onnx.load(tmp_path / "other.onnx")))

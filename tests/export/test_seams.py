@@ -37,7 +37,7 @@ def wanted(model: DynaMask, image: torch.Tensor) -> dict[str, torch.Tensor]:
     return seams | {name: getattr(masks, name) for name in MASK_SEAMS if name not in seams}
 
 
-def test_a_seam_holds_what_pytorch_computes_there(portable: onnx.ModelProto, image: torch.Tensor, wanted: dict[str, torch.Tensor]) -> None:
+def test_a_seam_has_the_values_of_pytorch(portable: onnx.ModelProto, image: torch.Tensor, wanted: dict[str, torch.Tensor]) -> None:
     seams = [*DETECTOR_SEAMS, *MASK_SEAMS]
     types = {value.name: value for value in portable.graph.value_info}
     probed = onnx.ModelProto()

@@ -250,7 +250,7 @@ def test_another_canvas_agrees_with_a_bundle_of_that_canvas(several: Engine, tmp
     assert found > 0 and sum(compare(*pair, tolerance) for pair in zip(ours, theirs, strict=True)) <= tolerance.unmatched * found
 
 
-def test_sizes_come_and_go(several: TensorRTEngine, images: list[np.ndarray]) -> None:
+def test_shapes_change_from_run_to_run(several: TensorRTEngine, images: list[np.ndarray]) -> None:
     """The same bits after other sizes, and no more memory."""
     driver = open_driver()
     first, sizes = several.run(np.concatenate(images[:2])), [(3, 320), (1, 192), (2, 256), (3, 192)]

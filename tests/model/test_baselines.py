@@ -131,7 +131,7 @@ def test_a_mask_rcnn_head_has_no_other_grid() -> None:
         variant("maskrcnn-28").eval().predict(torch.randn(1, 3, 64, 64), 0.0, 3)
 
 
-def test_mask_rcnn_costs_what_the_paper_says() -> None:
+def test_mask_rcnn_has_the_papers_cost() -> None:
     """Four 3 x 3 and a transposed 2 x 2 convolution of 256 channels at half the grid, a row of 256 a cell; Table 1 has one digit."""
     costs = maskrcnn_branch(56).grid_gmacs()
     wanted = [((4 * 9 + 4) * 256**2 * (g // 2) ** 2 + 256 * g**2) / 1e9 for g in GRIDS]
@@ -140,7 +140,7 @@ def test_mask_rcnn_costs_what_the_paper_says() -> None:
     assert maskrcnn_branch(56).msm_gmacs() == 0 == maskrcnn_branch(56).image_gmacs((320, 320))
 
 
-def test_fusions_cost_what_the_formulas_say() -> None:
+def test_fusions_have_the_costs_of_the_formulas() -> None:
     inputs, c, grid = 256, 128, 28
     reduce, head = inputs * c * (grid // 2) ** 2, (c * grid**2 - inputs * (grid // 2) ** 2) / 1e9
     per_cell = {
@@ -164,7 +164,7 @@ def test_fusions_cost_what_the_formulas_say() -> None:
         assert costs[1] - costs[0] - head == pytest.approx(macs / 1e9, rel=1e-9), fusion
 
 
-def test_pyramids_cost_what_the_formulas_say() -> None:
+def test_pyramids_have_the_costs_of_the_formulas() -> None:
     canvas, c = (64, 96), R50.fpn_channels
     cells = [64 * 96 // stride**2 for stride in (4, 8, 16)]
     lateral = sum(n * c * out for n, out in zip(cells, (32, 64, 128), strict=True))
@@ -192,7 +192,7 @@ def test_with_no_offsets_two_deformable_convolutions_are_two_ordinary_ones() -> 
 
 
 @torch.no_grad()
-def test_addition_is_symmetric_in_what_it_adds() -> None:
+def test_addition_is_symmetric_in_its_inputs() -> None:
     stage = AdditiveFusion(8, 8).eval()
     torch.nn.init.dirac_(stage.reduce.weight)
     small, other = torch.randn(2, 8, 7, 7), torch.randn(2, 8, 7, 7)
@@ -273,12 +273,12 @@ def test_a_bifpn_node_ignores_an_input_with_a_negative_weight() -> None:
         {"fusion": "sum"},
     ],
 )
-def test_a_configuration_that_means_nothing_is_refused(fields: dict[str, Any]) -> None:
+def test_contradictory_fields_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"mask_|fusion|pyramid"):
         load_config("lite0-shapes", {f"model.{name}": value for name, value in fields.items()})
 
 
-def test_the_default_is_the_paper_s_model() -> None:
+def test_the_default_is_the_papers_model() -> None:
     assert FUSIONS[ModelConfig().fusion] is FeatureAggregation
     branch = build_mask_branch(Config().model, classes=3)
     assert isinstance(branch, DynamicMaskBranch) and branch.rfpn.pyramid is None and branch.region_size == 14

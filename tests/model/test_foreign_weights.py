@@ -439,7 +439,7 @@ def test_msras_strides_in_another_resnet_are_refused(detectron2: dict[str, Tenso
         resnet_pixels(RESNET, {}, Numbers().norm(BODY + "bn1", 64), "resnet50_caffe", "f.pth")
 
 
-def test_whose_pixels_they_are() -> None:
+def test_the_normalisation_is_that_of_the_weights_origin() -> None:
     """Detectron's ResNeXt: BGR with std; not folded: RGB; and what a file of Detectron2 says itself."""
     folded, plain = Numbers().norm(BODY + "bn1", 64, folded=True), Numbers().norm(BODY + "bn1", 64)
     resnext = resnet_pixels(MMDETECTION, {}, folded, "resnext101_32x8d", "f.pth")
@@ -513,7 +513,7 @@ def test_other_classes_keep_random_weights_and_are_reported(mmdetection: dict[st
 # What does not fit -----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_named_and_changes_nothing(model: DynaMask, mmdetection: dict[str, Tensor]) -> None:
+def test_tensors_that_do_not_fit_are_named_and_change_nothing(model: DynaMask, mmdetection: dict[str, Tensor]) -> None:
     wide = dict(mmdetection) | Numbers().layer("neck.fpn_convs.2.conv", 2 * C, C, 3, 3)
     strange = dict(mmdetection) | {"roi_head.bbox_head.shared_convs.0.conv.weight": torch.ones(1)}
     lacking = {name: tensor for name, tensor in mmdetection.items() if name != "rpn_head.rpn_reg.bias"}

@@ -41,7 +41,7 @@ def tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).float() / 255
 
 
-def test_the_model_finds_what_its_bundle_finds(model: DynaMask, images: list[np.ndarray], tmp_path: Path) -> None:
+def test_the_model_agrees_with_its_bundle(model: DynaMask, images: list[np.ndarray], tmp_path: Path) -> None:
     export_bundle(CHECKPOINT, tmp_path / "bundle")
     build_engine(tmp_path / "bundle", "onnxruntime")
     found = model([tensor(image) for image in images])
@@ -94,7 +94,7 @@ def test_mask_probabilities_are_bilinear_samples_at_pixel_centres() -> None:
         (np.zeros((3, 8, 8), np.float32), "ndarray"),
     ],
 )
-def test_what_is_not_an_image_is_refused(model: DynaMask, image: Any, says: str) -> None:
+def test_values_other_than_images_are_refused(model: DynaMask, image: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         model([image])
 

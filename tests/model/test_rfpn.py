@@ -47,7 +47,7 @@ def test_zero_offsets_are_an_ordinary_convolution() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 16, 37])
-def test_without_a_gradient_many_instances_give_what_torchvisions_operator_gives(count: int) -> None:
+def test_many_instances_without_a_gradient_agree_with_torchvision(count: int) -> None:
     torch.manual_seed(0)
     layer = DeformConv2d(6, 4).eval()
     x, offset = torch.randn(count, 6, 9, 9), torch.randn(count, 18, 9, 9)
@@ -123,14 +123,14 @@ def test_targets_agree_with_torchvisions_rasterisation() -> None:
         assert (target.bool() == peer).float().mean() > 0.98
 
 
-def test_r50_costs_what_the_paper_says() -> None:
+def test_r50_has_the_papers_cost() -> None:
     branch = build_mask_branch(R50, classes=80)
     for cost, paper, tolerance in zip(branch.grid_gmacs(), PAPER_GMACS, (0.05, 0.15, 0.15, 0.05), strict=True):
         assert cost == pytest.approx(paper, rel=tolerance)
     assert branch.msm_gmacs() <= 0.03 * branch.grid_gmacs()[-1]
 
 
-def test_a_stage_with_halved_channels_costs_what_the_formula_says() -> None:
+def test_a_stage_with_halved_channels_has_the_cost_of_the_formula() -> None:
     """The sum of spec: two deformable 3 x 3, 1 x 1 reduction and fusion, two offset convolutions of 18 channels."""
     costs = build_mask_branch(LITE0, classes=80).grid_gmacs()
     for k, (grid, c) in enumerate(zip(GRIDS[1:], LITE0.stage_channels[1:], strict=True), start=1):

@@ -45,7 +45,7 @@ def test_images_that_need_little_leave_more_to_those_that_need_much() -> None:
     assert np.isclose(keeper.budget_gmacs(), 0.5 + (2 * 0.4 - 0.6) / 2)
 
 
-def test_savings_lapse() -> None:
+def test_unused_budget_lapses() -> None:
     keeper = BudgetKeeper(0.5, COSTS)
     keeper.spend(np.array([14] * 5))
     for _ in range(HORIZON):

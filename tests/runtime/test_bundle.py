@@ -32,14 +32,14 @@ def refused(path, *words):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_created_is_what_is_opened(bundle):
+def test_an_opened_bundle_equals_the_created_one(bundle):
     opened = Bundle.open(bundle.path)
     assert opened.manifest == bundle.manifest
     assert opened.manifest.grid_gmacs[112] == 0.4 and opened.manifest.classes[0].name == "leaf"
     assert sorted(file.name for file in bundle.path.iterdir()) == ["manifest.json", "model.onnx"]
 
 
-def test_what_is_no_bundle_is_refused(tmp_path):
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
     refused(tmp_path / "missing", "missing", "not a folder")
     refused(tmp_path, "manifest.json", "not a bundle")
     for content in ("no JSON", "[]", '"text"', '{"schema_version": 1}'):

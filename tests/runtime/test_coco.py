@@ -365,7 +365,7 @@ def test_the_truth_is_the_usable_content_in_coco_format(tmp_path: Path) -> None:
     }
 
 
-def test_little_left_out_is_said_and_much_is_said_loudly(tmp_path: Path) -> None:
+def test_a_warning_begins_the_line_if_much_is_left_out(tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     picture.touch()
     assert read(tmp_path, entry()).summary() == []

@@ -109,7 +109,7 @@ def test_agrees_with_pycocotools(kind, image_ids, capfd):
         assert (ours[name] if ours[name] is not None else -100) == pytest.approx(reference[name], abs=1e-6), name
 
 
-def test_boundary_counts_what_mask_iou_forgives():
+def test_boundary_ap_is_below_mask_ap_for_coarse_masks():
     truth, detections = _dataset(seed=1)
     exact = [
         {**a, "score": 0.9, "segmentation": encode_mask(a["segmentation"], 160, 200)} for a in truth["annotations"] if not a["iscrowd"]
@@ -119,7 +119,7 @@ def test_boundary_counts_what_mask_iou_forgives():
     assert 0 < metrics["boundary"]["AP"] < metrics["segm"]["AP"]
 
 
-def test_no_detections_and_nothing_to_judge_on():
+def test_ap_without_detections_and_without_annotations():
     truth, detections = _dataset()
     assert evaluate_coco(truth, [], ("bbox", "segm", "boundary"))["boundary"]["AP"] == 0
     empty = evaluate_coco({**truth, "annotations": []}, detections)

@@ -36,7 +36,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert names(path.parent) == ["a.json"]
 
 
-def test_links_stay_and_what_they_name_is_replaced(tmp_path: Path) -> None:
+def test_links_stay_and_their_targets_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "old.json").write_text("old")
     (tmp_path / "link.json").symlink_to("middle.json")
@@ -142,7 +142,7 @@ def test_a_place_that_takes_no_file_is_bad_input(tmp_path: Path, make: object, s
     assert names(tmp_path) == ["circle", "file"]
 
 
-def test_a_folder_that_goes_while_writing_is_said(tmp_path: Path) -> None:
+def test_the_error_names_a_folder_that_is_removed_while_writing(tmp_path: Path) -> None:
     with pytest.raises(DynaMaskError, match="its folder does not exist"), atomic_path(tmp_path / "f" / "a") as temporary:
         temporary.write_text("x")
         shutil.rmtree(tmp_path / "f")
@@ -157,7 +157,7 @@ def test_any_name_can_be_written(tmp_path: Path, name: str) -> None:
 
 
 @as_a_user
-def test_what_a_user_may_not_write(tmp_path: Path) -> None:
+def test_files_without_write_permission(tmp_path: Path) -> None:
     """A read-only folder takes no new file; a file in it that may be written is written in place; a read-only file is not replaced."""
     folder = tmp_path / "f"
     folder.mkdir()

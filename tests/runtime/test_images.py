@@ -73,7 +73,7 @@ def test_the_exif_orientation_is_applied(tmp_path, rgb):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rot90(rgb, -1))
 
 
-def test_what_is_no_whole_image_is_refused(tmp_path, rgb):
+def test_damaged_and_other_files_are_refused(tmp_path, rgb):
     whole = saved(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).read_bytes()
     (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "damaged.png").write_bytes(whole[:60] + bytes(200) + whole[260:])
@@ -202,7 +202,7 @@ def test_a_png_with_much_text_is_sound(tmp_path, rgb, kind, place):
         ("a.jpg", b"hello", "is not an image in a format that is known here"),
     ],
 )
-def test_a_file_that_is_no_image_is_said_to_be_what_it_is(tmp_path, name, content, said):
+def test_the_kind_of_a_file_that_is_no_image_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=said) as caught:
         read_image(tmp_path / name)

@@ -79,7 +79,7 @@ def check_equal(found, expected):
 
 
 @pytest.mark.parametrize("options", [{}, {"budget_gmacs": 0.2}, {"grid_override": np.array([3, 2, 1, 0, -1, -1]), "min_score": 0.5}])
-def test_a_batch_is_what_is_found_one_by_one(predictor, synthetic, options):
+def test_a_batch_agrees_with_single_images(predictor, synthetic, options):
     images = drawn((128, 96), (30, 200), (1, 1), (64, 64), (300, 40))
     several = Predictor(predictor.bundle, synthetic.EngineOfSeveral(predictor.engine, 2))
     alone = [predictor(image, **options) for image in images]
@@ -176,7 +176,7 @@ def test_onnx_runtime_takes_one_image_on_its_canvas(predictor, bundle):
         )
 
 
-def test_two_sessions_give_what_the_whole_graph_gives(predictor, bundle, synthetic):
+def test_two_sessions_agree_with_the_whole_graph(predictor, bundle, synthetic):
     image = np.random.default_rng(0).normal(size=(1, 3, synthetic.SIDE, synthetic.SIDE)).astype(np.float32)
     output = predictor.engine.run(image, 0.0, -1)
     whole = ort.InferenceSession(bundle.path / "model.onnx", providers=["CPUExecutionProvider"])

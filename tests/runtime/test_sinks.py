@@ -100,7 +100,7 @@ def test_json_lines_give_back_boxes_classes_grids_and_masks(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["video", "jsonl"])
-def test_what_is_abandoned_stays_under_another_name_and_leaves_what_stood_there(tmp_path: Path, kind: str) -> None:
+def test_abandoned_output_keeps_its_partial_name_and_the_old_file_stays(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("out.mp4" if kind == "video" else "out.jsonl")
     path.write_text("before")
     sink: Sink = VideoSink(path, 10) if kind == "video" else JsonLinesSink(path)
@@ -197,7 +197,7 @@ def test_lines_go_into_a_pipe_as_they_come_and_a_video_at_the_end(tmp_path: Path
         assert stat.S_ISFIFO((tmp_path / name).stat().st_mode)
 
 
-def test_a_full_device_and_a_reader_that_goes_are_said_as_what_they_are(tmp_path: Path) -> None:
+def test_errors_name_a_full_device_and_a_reader_that_has_gone(tmp_path: Path) -> None:
     with (
         pytest.raises(DynaMaskError, match=r"/dev/full could not be written \(No space left on device\); free some space"),
         JsonLinesSink("/dev/full") as sink,

@@ -327,7 +327,7 @@ def test_animations_are_played(tmp_path: Path, suffix: str) -> None:
     assert (source.frame_rate, source.frame_count) == (10, 4)
 
 
-def test_a_truncated_animation_ends_where_it_is_cut(tmp_path: Path) -> None:
+def test_a_truncated_animation_ends_at_its_last_whole_frame(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (5, 20, 20, 3), dtype=np.uint8)
     pictures = [Image.fromarray(image) for image in noise]
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
@@ -406,7 +406,7 @@ def test_a_folder_is_read_in_natural_order_without_hidden_files(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "said"), [("v.mp4", "holds videos and no image"), ("sub", "only folders"), ("notes.txt", "holds no image")]
 )
-def test_a_folder_without_images_says_what_it_holds(tmp_path: Path, name: str, said: str) -> None:
+def test_the_error_for_a_folder_without_images_names_its_content(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / name).mkdir() if name == "sub" else (tmp_path / name).write_text("x")
     with pytest.raises(InputError, match=said):
         open_source(tmp_path)

@@ -94,7 +94,7 @@ def test_the_score_and_the_limit_hold(tmp_path: Path) -> None:
     assert report.missing == 0, "what was not asked for is not missing"
 
 
-def test_a_truncated_video_is_finished_with_what_it_holds(tmp_path: Path) -> None:
+def test_a_truncated_video_is_finished_with_the_frames_it_has(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "in.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 6 // 10])
     report = run_stream(FakePredictor(), open_source(tmp_path / "cut.mp4"), [VideoSink(tmp_path / "out.mp4", 10)])
@@ -145,7 +145,7 @@ def test_a_failing_sink_ends_the_stream_and_the_others_are_abandoned(tmp_path: P
     assert healthy.indices == list(range(fail_at + 1))
 
 
-def test_a_failing_predictor_ends_the_stream_after_what_it_had_found_is_written(tmp_path: Path) -> None:
+def test_a_failing_predictor_ends_the_stream_after_its_results_are_written(tmp_path: Path) -> None:
     sink = RecordingSink()
     with pytest.raises(DynaMaskError, match="engine"):
         run_stream(FakePredictor(error=DynaMaskError("the engine failed"), at=5), open_source(write_video(tmp_path / "in.mp4")), [sink])
@@ -174,7 +174,7 @@ def test_a_failing_source_ends_the_stream(tmp_path: Path) -> None:
     assert sink.ended == "abandoned"
 
 
-def test_ctrl_c_finishes_the_outputs_with_what_the_engine_had_done(tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_outputs_with_all_finished_frames(tmp_path: Path) -> None:
     sinks = [VideoSink(tmp_path / "out.mp4", 10), JsonLinesSink(tmp_path / "out.jsonl")]
     report = run_stream(FakePredictor(error=KeyboardInterrupt(), at=12), open_source(write_video(tmp_path / "in.mp4")), sinks)
     assert (report.interrupted, report.frames) == (True, 11)
@@ -205,7 +205,7 @@ def test_a_real_ctrl_c_ends_a_stream_that_waits(tmp_path: Path) -> None:
     assert 0 < report.frames < 60
 
 
-def test_the_report_has_what_its_readers_count_on() -> None:
+def test_the_report_has_its_documented_fields() -> None:
     names = {field.name for field in dataclasses.fields(StreamReport)}
     assert {"frames", "broken", "seconds", "fps", "latency_ms", "gmacs", "share", "peak_rss_mb"} <= names
 

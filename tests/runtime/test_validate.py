@@ -107,7 +107,7 @@ def _read(folder):
     return json.loads((folder / "instances.json").read_text())
 
 
-def test_policies_are_judged_side_by_side(data, boxes):
+def test_policies_are_evaluated_side_by_side(data, boxes):
     predictor, ticks = _Predictor(boxes), []
     policies = ["routed", "routed@50%", "uniform-14", "uniform-112", "size-based"]
     result = validate(predictor, read_coco(data), policies, progress=lambda *at: ticks.append(at))
@@ -143,7 +143,7 @@ def test_a_budget_is_kept_over_all_images(data, boxes):
     assert budgets[1] == pytest.approx(np.clip(0.5 + (0.5 - first).sum() / len(first), 0.25, 1.0))
 
 
-def test_who_gets_which_grid(data, boxes):
+def test_routing_by_class_and_size(data, boxes):
     result = validate(_Predictor(boxes), read_coco(data), ["routed", "uniform-14"])
     assert "routing" not in result["policies"]["uniform-14"]
     routing = result["policies"]["routed"]["routing"]
@@ -177,7 +177,7 @@ def test_no_detections_at_all(data, boxes):
     assert routed["segm"]["AP"] == 0 and routed["gmacs"] is None and routed["share"]["14"] == 0 and routed["routing"]["classes"] == []
 
 
-def test_annotations_that_cannot_be_judged_on_are_counted(data, boxes):
+def test_unusable_annotations_are_counted(data, boxes):
     truth = _read(data)
     base = {name: value for name, value in truth["annotations"][0].items() if name != "id"}
     outside = [[300, 300, 320, 300, 320, 320, 300, 320]]

@@ -69,7 +69,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
     return calls
 
 
-def test_a_plan_of_two_rows_is_interrupted_and_goes_on(tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_of_two_rows_is_interrupted_and_continues(tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plan = write(tmp_path, rows=[MASK_RCNN, {"name": "DynaMask", "policies": ["routed", "uniform-14", "size-based", "routed@50%"]}])
     step = RunLog.step
 
@@ -152,7 +152,7 @@ def test_a_row_from_another_trains_nothing_and_no_evaluation_is_repeated(
     assert len(untrained) == 2 and evaluated[2:] == [("routed", 0.0, -1)]  # other images: evaluated again
 
 
-def test_a_row_whose_fields_changed_is_not_passed_off_as_trained(tmp_path: Path, trained: list[str], evaluated: list[Any]) -> None:
+def test_a_run_with_other_fields_than_its_row_is_refused(tmp_path: Path, trained: list[str], evaluated: list[Any]) -> None:
     run_plan(write(tmp_path, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
     with pytest.raises(InputError, match=r"train\.learning_rate"):
         run_plan(write(tmp_path, set={**FIELDS, "train.learning_rate": 0.01}, rows=[MASK_RCNN]), tmp_path / "out", quiet=True)
@@ -195,7 +195,7 @@ def test_a_plan_that_cannot_be_run_is_refused_before_anything_is_trained(tmp_pat
 
 
 @pytest.mark.parametrize("content", [None, b"rows: [", b"\xff\xfe", b"- 1"])
-def test_what_is_no_plan_is_refused(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "plan.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -211,7 +211,7 @@ def test_an_output_that_is_no_folder_is_refused(tmp_path: Path, untrained: list[
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_the_plans_of_the_paper_s_tables_fit(path: Path) -> None:
+def test_the_plans_of_the_papers_tables_fit(path: Path) -> None:
     plan = read_plan(path)
     configs = [plan.config(row, 0) for row in plan.rows if row.source is None]
     free = {"target_paper_gmacs": 0, "regularisation_weight": 0}
@@ -225,7 +225,7 @@ def test_there_is_a_plan_for_each_table() -> None:
     assert {path.stem for path in PLANS} == {"table-1-shapes", "budget-shapes", "table-11-shapes"}
 
 
-def test_the_command_prints_the_table_and_says_how_to_go_on(
+def test_the_command_prints_the_table_and_how_to_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], untrained: list[str], evaluated: list[Any]
 ) -> None:
     arguments = ["ablate", str(write(tmp_path, rows=[MASK_RCNN])), "--output", str(tmp_path / "out"), "--json", str(tmp_path / "t.json")]

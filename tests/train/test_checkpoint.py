@@ -34,7 +34,7 @@ def test_a_checkpoint_holds_weights_config_and_classes(tmp_path: Path) -> None:
         assert read.tensors[name].dtype == tensor.dtype
 
 
-def test_half_a_checkpoint_is_rounded_to_float16_and_read_as_float32(tmp_path: Path) -> None:
+def test_a_half_checkpoint_is_stored_in_float16_and_read_in_float32(tmp_path: Path) -> None:
     model = small_model()
     checkpoints.save_checkpoint(tmp_path / "m.safetensors", model, CONFIG, CLASSES, half=True)
     read = checkpoints.load_checkpoint(tmp_path / "m.safetensors").tensors
@@ -43,7 +43,7 @@ def test_half_a_checkpoint_is_rounded_to_float16_and_read_as_float32(tmp_path: P
     assert read["1.num_batches_tracked"].dtype == torch.int64
 
 
-def test_momentum_survives(tmp_path: Path) -> None:
+def test_momentum_is_restored(tmp_path: Path) -> None:
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(2, 3, 8, 8)).square().mean().backward()
@@ -93,7 +93,7 @@ def test_a_state_of_an_earlier_version_has_todays_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "text", "foreign", "newer", "state"])
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "m.safetensors"
     checkpoints.save_checkpoint(path, small_model(), CONFIG, CLASSES)
     content = path.read_bytes()
@@ -124,7 +124,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         checkpoints.load_tensors(small_model(), short, "f.safetensors")
 
 
-def test_fine_tuning_takes_what_fits(tmp_path: Path) -> None:
+def test_fine_tuning_takes_tensors_that_fit(tmp_path: Path) -> None:
     class Segmenter(nn.Module):
         def __init__(self, classes: int) -> None:
             super().__init__()

@@ -57,7 +57,7 @@ def test_options_change_the_configuration(tmp_path: Path, calls: list[tuple[Conf
     assert json.loads((tmp_path / "result.json").read_text()) == RESULT
 
 
-def test_what_ctrl_c_ended_has_the_status_of_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_with_the_status_of_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "train", lambda *_: {**RESULT, "interrupted": True})
     result = run("--config", "lite0-shapes", "--output", str(tmp_path / "run"), "--json", str(tmp_path / "result.json"))
     assert result.exit_code == 130

@@ -68,7 +68,7 @@ def expected_batch(config: Config, step: int) -> list[tuple[Tensor, dict[str, An
     ],
 )
 @pytest.mark.usefixtures("stand_in")
-def test_what_is_not_finite_or_diverges_ends_the_run_with_its_batch_saved(
+def test_a_loss_not_finite_or_diverging_ends_the_run_and_saves_its_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     altered(monkeypatch, range(5, 6), change)
@@ -219,7 +219,7 @@ with mock.patch.object(learner, "build_model", StandIn), mock.patch.object(Stand
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
-def test_two_processes_skip_alike_and_stop_together(tmp_path: Path, images: Path) -> None:
+def test_two_processes_skip_the_same_images_and_stop_together(tmp_path: Path, images: Path) -> None:
     fields, output, alone = broken(images, tmp_path / "data", 3), tmp_path / "two", tmp_path / "one"
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [*TORCHRUN, str(tmp_path / "script.py"), str(output), json.dumps(fields)]

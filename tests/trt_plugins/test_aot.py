@@ -53,12 +53,12 @@ def test_kernels_are_compiled_for_gpus_that_are_not_there(library: KernelLibrary
         assert str(REPOSITORY).encode() not in kernel.cubin
 
 
-def test_what_is_made_of_another_targets_ptx_is_what_triton_makes(library: KernelLibrary, tmp_path: Path) -> None:
+def test_cubins_of_another_targets_ptx_are_those_of_triton(library: KernelLibrary, tmp_path: Path) -> None:
     own = aot.compile_kernels(SPECS, ["8.7"], processes=1, cache=tmp_path)
     assert own.kernels == [kernel for kernel in library.kernels if kernel.compute_capability == "8.7"]
 
 
-def test_what_was_compiled_is_not_compiled_again(library: KernelLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_are_not_compiled_again(library: KernelLibrary, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot, "ProcessPoolExecutor", None)
     heard: list[tuple[int, int]] = []
     again = aot.compile_kernels(SPECS, ["9.0", "8.7", "8.6"], progress=lambda *done: heard.append(done), cache=cache)
@@ -66,7 +66,7 @@ def test_what_was_compiled_is_not_compiled_again(library: KernelLibrary, cache: 
     assert heard == [(6, 6)]
 
 
-def test_a_damaged_file_in_the_cache_is_as_good_as_none(library: KernelLibrary, tmp_path: Path) -> None:
+def test_a_damaged_file_in_the_cache_is_ignored(library: KernelLibrary, tmp_path: Path) -> None:
     file = tmp_path / "kernel.json"
     file.write_text(library.kernels[0].model_dump_json())
     assert aot._cached(file) == library.kernels[0]
@@ -107,7 +107,7 @@ def test_a_kernel_that_does_not_compile_is_named(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().out == ""
 
 
-def test_without_triton_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_error_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 

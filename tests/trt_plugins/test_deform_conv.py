@@ -209,7 +209,7 @@ def test_attributes_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("channels", "size"), [(256, 14), (128, 28), (64, 56), (32, 112), (32, 28), (16, 56), (8, 112)])
-def test_the_model_s_shapes_agree_with_torchvision_on_a_gpu(channels: int, size: int, dtype: torch.dtype) -> None:
+def test_the_models_shapes_agree_with_torchvision_on_a_gpu(channels: int, size: int, dtype: torch.dtype) -> None:
     inputs = [tensor.cuda() for tensor in _inputs((5, channels, size, size), channels, dtype=dtype)]
     [y] = run(DeformConv(**PLAIN, offset_group=1), inputs)
     expected = deform_conv(*(tensor.float() for tensor in inputs), **PLAIN)

@@ -95,7 +95,7 @@ def _expected(inputs: list[Tensor], operator: Detections) -> tuple[Tensor, ...]:
         "fewer candidates than slots",
     ],
 )
-def test_detections_are_the_models_and_what_each_image_gives_alone(
+def test_detections_agree_with_the_model_and_each_image_alone(
     rows: int, classes: int, slots: int, counts: list[int], min_score: float, dtype: torch.dtype
 ) -> None:
     inputs, operator = _inputs(rows, classes, counts, min_score, dtype), _operator(slots, rows)
@@ -131,7 +131,7 @@ def test_nothing_found_leaves_all_slots_empty(counts: list[int], min_score: floa
     assert filled.shape == (0,) and int(n) == 0
 
 
-def test_rows_that_do_not_count_are_not_looked_at() -> None:
+def test_rows_beyond_the_count_are_ignored() -> None:
     inputs = _inputs(16, 3, [9])
     expected = run(_operator(6, 16), inputs)
     inputs[0][9:], inputs[1][9:], inputs[2][9:] = float("nan"), float("inf"), float("nan")
@@ -139,7 +139,7 @@ def test_rows_that_do_not_count_are_not_looked_at() -> None:
         assert torch.equal(got, wanted)
 
 
-def test_equal_scores_count_by_proposal_and_class() -> None:
+def test_equal_scores_are_ordered_by_proposal_and_class() -> None:
     """All boxes of the first image are equal, those of the second lie 30 pixels apart in five places."""
     inputs, operator = _inputs(40, 3, [40, 40], spread=0.0), _operator(5, 40)
     inputs[0][:] = 0.0

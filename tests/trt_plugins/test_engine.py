@@ -399,7 +399,7 @@ def test_the_canvas_of_each_run_is_its_images(several):
             np.testing.assert_array_equal(engine._context.inputs[0], canvases)
 
 
-def test_memory_stays_whatever_runs(several):
+def test_memory_stays_constant_over_runs(several):
     with several(CANVASES) as engine:
         # Inputs, boxes, scores, labels, grids; then places and logits of every slot on every grid.
         inputs = 3 * (3 * 64 * 96 * 4 + SLOTS * 8) + 4 + 4
@@ -425,7 +425,7 @@ def test_memory_stays_whatever_runs(several):
         (CANVASES, (1, 1, 64, 64), r"\[B, 3, H, W\]"),
     ],
 )
-def test_what_the_profile_has_not_is_refused_with_the_way_out(several, bundle, profile, shape, takes):
+def test_shapes_outside_the_profile_are_refused_with_the_way_out(several, bundle, profile, shape, takes):
     with several(profile) as engine:
         with pytest.raises(InputError) as refused:
             engine.run(np.zeros(shape, np.float32))
@@ -461,7 +461,7 @@ def test_a_size_that_cannot_be_is_refused_in_every_run(several, told):
 
 
 @pytest.mark.parametrize("profile", [ONE, PAIRS, SEVERAL])
-def test_a_predictors_batch_is_what_it_finds_one_by_one(several, bundle, profile):
+def test_a_predictors_batch_agrees_with_single_images(several, bundle, profile):
     images = [np.full((20 + 30 * index, 100, 3), 150 + 20 * index, np.uint8) for index in range(5)]
     with Predictor(bundle, several(profile)) as predictor:
         options = {"grid_override": np.array(FREE[::-1]), "min_score": 0.03}
@@ -495,7 +495,7 @@ def test_everything_is_freed(bundle, install):
         engine.run(image())
 
 
-def test_what_does_not_load_is_freed_and_said_in_a_sentence(bundle, install):
+def test_a_failed_load_frees_all_and_is_one_sentence(bundle, install):
     driver = FakeDriver()
     install(fake_trt(), driver)
     with pytest.raises(InputError) as refused:
@@ -577,7 +577,7 @@ def test_a_kernel_that_cannot_be_launched_is_refused():
         launcher(Launch(ROUTE, (1, 1, 1), ()), [], [], 0, 77)
 
 
-def test_what_was_compiled_is_kept_for_the_next_time(tmp_path):
+def test_compiled_code_is_kept_for_the_next_run(tmp_path):
     path = tmp_path / "folder" / "engine.bin"
     first = fake_trt()
     cache = RuntimeCache(first, FakeEngine(types.SimpleNamespace(launcher=None, config=first.config), None, ()), path)
@@ -601,7 +601,7 @@ def test_what_was_compiled_is_kept_for_the_next_time(tmp_path):
     assert path.read_bytes() == third.cache.content == b"compiled before"
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").touch()
     trt = fake_trt()
     engine = FakeEngine(types.SimpleNamespace(launcher=None, config=trt.config), None, ())
@@ -640,7 +640,7 @@ def test_auto_takes_the_best_that_is_built_and_runs_here(monkeypatch, built, dri
     assert open_engine(types.SimpleNamespace(manifest=types.SimpleNamespace(engines=dict.fromkeys(built)))) == chosen
 
 
-def test_this_machine_says_what_is_missing(bundle):
+def test_the_error_names_the_missing_library_or_device(bundle):
     bundle = Bundle.open(bundle.path)
     try:
         ctypes.CDLL("libcuda.so.1")

@@ -23,7 +23,7 @@ SHAPES = st.tuples(st.integers(0, 40), st.integers(1, 20))
 
 @settings(max_examples=15, deadline=None)
 @given(SHAPES, st.sampled_from(["float32", "float16"]), st.integers(0, 2**32 - 1))
-def test_kernels_on_tensors_give_what_numpy_gives(shape: tuple[int, int], dtype: str, seed: int) -> None:
+def test_kernels_on_tensors_agree_with_numpy(shape: tuple[int, int], dtype: str, seed: int) -> None:
     x = np.random.default_rng(seed).normal(size=shape).astype(dtype)
     rows, indices, m = on_torch.run(Toy("toy", scale=2, threshold=0.25), [torch.from_numpy(x), torch.tensor(3.0)])
     kept = np.flatnonzero(x[:, 0].astype(np.float32) > 0.25)
@@ -61,7 +61,7 @@ def test_kernels_are_the_same_after_attributes_were_kept_in_32_bits() -> None:
     assert Toy(scale=0.1, threshold=0.1).kernels(inputs) == Toy(scale=kept, threshold=kept).kernels(inputs)
 
 
-def test_room_is_what_data_dependent_outputs_take_at_most() -> None:
+def test_data_dependent_outputs_have_their_largest_size() -> None:
     inputs = [TensorSpec((7, 5), "float16"), TensorSpec((), "float32")]
     assert Toy(scale=1).output_shapes([spec.shape for spec in inputs])[1] == [DataDependent(2, 7)]
     assert Toy(scale=1).max_output_specs(inputs) == [TensorSpec((7, 5), "float16"), TensorSpec((7,), "int64"), TensorSpec((), "int64")]

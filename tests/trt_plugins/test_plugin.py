@@ -160,7 +160,7 @@ def test_batches_and_canvases_go_through_all_operators(trt: ModuleType, varies: 
         (chain(TensorProto.BFLOAT16), "Toy takes no tensors of type DataType.BF16"),
     ],
 )
-def test_what_a_plugin_raises_is_raised_in_place_of_tensorrts_words(
+def test_an_exception_of_a_plugin_replaces_tensorrts_message(
     trt: ModuleType, plugins: plugin.Plugins, model: onnx.ModelProto, message: str
 ) -> None:
     with pytest.raises(Exception) as error, plugins.raising():
@@ -175,7 +175,7 @@ def test_an_attribute_that_is_missing_is_named(trt: ModuleType, plugins: plugin.
         parse(trt, model)
 
 
-def test_what_tensorrt_shrugs_off_is_raised(trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exceptions_that_tensorrt_ignores_are_raised(trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT for RTX goes on building with a workspace of no bytes when a plugin fails to say how many."""
 
     def fail(self: Toy, inputs: object) -> None:
@@ -219,7 +219,7 @@ def test_attributes_come_back_where_an_engine_is_loaded(trt: ModuleType) -> None
     assert toy.operator.values == {"scale": 0.1, "threshold": -2.0, "limits": (9, 2**31 - 1)}
 
 
-def test_an_enqueued_plugin_launches_its_kernels_on_what_it_is_given(trt: ModuleType) -> None:
+def test_an_enqueued_plugin_launches_its_kernels_on_its_arguments(trt: ModuleType) -> None:
     x, gain = torch.arange(18, dtype=torch.float16).reshape(6, 3), torch.tensor(1.5)
     rows, indices, m = torch.empty(6, 3, dtype=torch.float16), torch.empty(6, dtype=torch.int64), torch.tensor(9)
     buffers = [x, gain, rows, indices, m, torch.empty(512, dtype=torch.uint8)]

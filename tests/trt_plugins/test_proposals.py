@@ -47,7 +47,7 @@ def _expected(maps: list[Tensor], operator: Proposals) -> tuple[Tensor, Tensor]:
     [(3, (32, 64), torch.float32, 25), (2, (64, 32), torch.float16, 200)],
     ids=["more than asked for", "half precision, narrowed down in rounds, fewer than asked for"],
 )
-def test_proposals_are_the_models_and_what_each_image_gives_alone(
+def test_proposals_agree_with_the_model_and_each_image_alone(
     batch: int, canvas: tuple[int, int], dtype: torch.dtype, proposals: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Levels from P4 on have less than `per_level`, and cells on P6 are 32 pixels apart, not 64."""
@@ -75,7 +75,7 @@ def test_proposals_are_the_models_and_what_each_image_gives_alone(
     assert torch.equal(alone, filled) and of_one.tolist() == [rows]
 
 
-def test_equal_logits_count_by_level_and_place() -> None:
+def test_equal_logits_are_ordered_by_level_and_place() -> None:
     """Logits of one image are 0 or 1, those of the other all 0; boxes are anchors, and so exact."""
     maps, operator = _maps((64, 32), spread=0.0, batch=2), _operator(16, 25)
     for level in range(5):

@@ -126,7 +126,7 @@ def _suppressed(boxes: Tensor, keys: Tensor, indices: Tensor, threshold: float, 
 
 
 @pytest.mark.parametrize(("k", "groups", "threshold"), [(1, 1, 0.5), (32, 1, 0.7), (100, 1, 0.25), (97, 3, 0.25), (40, 2, 0.0)])
-def test_what_is_kept_is_what_torchvisions_nms_keeps(k: int, groups: int, threshold: float) -> None:
+def test_kept_boxes_are_those_of_torchvisions_nms(k: int, groups: int, threshold: float) -> None:
     generator = torch.Generator().manual_seed(k)
     corner = torch.randint(0, 30, (2, k, 2), generator=generator).float()
     boxes = torch.cat([corner, corner + torch.randint(0, 20, (2, k, 2), generator=generator)], dim=2)
@@ -157,7 +157,7 @@ def test_chains_of_any_length_are_resolved(step: float, kept: slice) -> None:
 
 @given(rows=st.integers(1, 5), width=st.integers(1, 10**6), k=st.integers(1, 4096), groups=st.integers(1, 80))
 @settings(deadline=None)
-def test_narrowing_ends_with_rows_that_can_be_ranked(rows: int, width: int, k: int, groups: int) -> None:
+def test_top_k_ends_with_rows_that_can_be_ranked(rows: int, width: int, k: int, groups: int) -> None:
     k = min(k, width)
     selection = Selection(rows, width, k, groups)
     assert selection.widths[0] == width and k <= selection.widths[-1] <= max(RANKED, k)
