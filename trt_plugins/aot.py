@@ -140,7 +140,7 @@ def _compile_here(spec: KernelSpec, capabilities: Sequence[str]) -> list[Compile
         function,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={(index,): constants[name] for index, name in enumerate(names) if name in constants},
-        # "D": divisible by 16, as TensorRT's addresses are.
+        # "D": divisible by 16, as TensorRT's addresses are; `trt_plugins.plugin` checks them.
         attrs={(index,): BaseBackend.parse_attr("D") for index, name in enumerate(names) if types.get(name, "").startswith("*")},
     )
     target = GPUTarget("cuda", int(capabilities[0].replace(".", "")), 32)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VERSION = "1"
 NAMESPACE = ""
+ADDRESS_ALIGNMENT = 16
+"""`trt_plugins.aot` tells Triton that all addresses are multiples of it."""
 
 Launcher = Callable[[Launch, Sequence[int], Sequence[int], int, int], None]
 """Enqueues a launch: called with the launch, the addresses of inputs, outputs and workspace, and the handle of the stream.
@@ -106,6 +108,48 @@ def register(trt: TensorRT, launcher: Launcher | None = None, operators: Iterabl
     return plugins
 
 
+Plan = tuple[list[Launch], list[tuple[str, bool]]]
+"""The launches for inputs of some shapes; and the names of inputs, outputs and workspace, with whether each has any items."""
+
+
+def plan(operator: Operator, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Plan:
+    """The launches of an operator for the inputs and outputs that TensorRT gives.
+
+    Raises:
+        InputError: an input does not fit the operator.
+        DynaMaskError: an output has not the type or shape that the kernels write. The shape of a data-dependent output is not compared:
+            TensorRT does not promise to give its largest size.
+    """
+    operator.check_inputs(inputs)
+    written = operator.max_output_specs(inputs)
+    shapes = operator.output_shapes([spec.shape for spec in inputs])
+    for name, shape, expected, given in zip(operator.outputs, shapes, written, outputs, strict=True):
+        varies = any(isinstance(size, DataDependent) for size in shape)
+        if given.dtype != expected.dtype or not (varies or given.shape == expected.shape):
+            raise DynaMaskError(
+                f"{operator.node}: TensorRT gives {given.shape} {given.dtype} for the output {name}, which is {expected.shape} "
+                f"{expected.dtype}; please report it."
+            )
+    launches = [launch for launch in operator.launches(inputs, written) if 0 not in launch.grid]
+    names = [*(f"input {index}" for index in range(len(inputs))), *(f"output {name}" for name in operator.outputs), "workspace"]
+    filled = [*(spec.items > 0 for spec in (*inputs, *written)), operator.workspace(inputs).bytes > 0]
+    return launches, list(zip(names, filled, strict=True))
+
+
+def check_addresses(operator: Operator, tensors: Iterable[tuple[str, bool]], addresses: Iterable[int]) -> None:
+    """Refuse memory that the kernels cannot use: they are compiled for aligned addresses. That of an empty tensor may be null.
+
+    Raises:
+        DynaMaskError: names the node and the tensor.
+    """
+    for (name, filled), address in zip(tensors, addresses, strict=True):
+        if filled and (address == 0 or address % ADDRESS_ALIGNMENT):
+            raise DynaMaskError(
+                f"{operator.node}: TensorRT gives the address {address:#x} for the {name}, which is no multiple of {ADDRESS_ALIGNMENT} "
+                "above 0; please report it."
+            )
+
+
 def _types(trt: TensorRT) -> Mapping[tensorrt.DataType, DType]:
     return {trt.float32: "float32", trt.float16: "float16", trt.int32: "int32", trt.int64: "int64", trt.bool: "bool"}
 
@@ -186,7 +230,7 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
             self.fields = _Fields(trt, operator_class, operator.values)
             # Clones share these: they depend on the operator alone.
             self.input_types: list[DType] = []
-            self.launches: dict[tuple[tuple[int, ...], ...], list[Launch]] = {}
+            self.plans: dict[tuple[tuple[int, ...], ...], Plan] = {}
 
         def clone(self) -> tensorrt.IPluginV3:
             twin = Plugin(self.plugins, self.operator)
@@ -253,12 +297,13 @@ def _plugin_class(trt: TensorRT, operator_class: type[Operator]) -> type[Any]:
             if self.launcher is None:
                 raise DynaMaskError(f"{self.operator.node} cannot run: its plugin was registered without a launcher.")
             shapes = tuple(sizes(desc.dims) for desc in input_desc)
-            if shapes not in self.launches:
+            if shapes not in self.plans:
                 specs = [TensorSpec(shape, _name(desc.type)) for shape, desc in zip(shapes, input_desc, strict=True)]
-                # Not output_desc: TensorRT does not promise to give the upper bound of a data-dependent output there.
-                launches = self.operator.launches(specs, self.operator.max_output_specs(specs))
-                self.launches[shapes] = [launch for launch in launches if 0 not in launch.grid]
-            for launch in self.launches[shapes]:
+                given = [TensorSpec(sizes(desc.dims), _name(desc.type)) for desc in output_desc]
+                self.plans[shapes] = plan(self.operator, specs, given)
+            launches, tensors = self.plans[shapes]
+            check_addresses(self.operator, tensors, [*inputs, *outputs, workspace])
+            for launch in launches:
                 self.launcher(launch, inputs, outputs, workspace, stream)
 
     def _name(kind: tensorrt.DataType) -> DType:

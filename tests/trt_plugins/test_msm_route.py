@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynamask.msm import route
 from runtime.errors import InputError
+from trt_plugins import on_torch
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.msm_route.reference import msm_route as reference_msm_route
 from trt_plugins.on_torch import run
@@ -218,3 +219,17 @@ def test_wrong_inputs_are_refused(index: int, spec: TensorSpec, message: str) ->
     inputs[index] = spec
     with pytest.raises(InputError, match=message):
         operator.check_inputs(inputs)
+
+
+def test_slots_that_do_not_exist_are_not_written() -> None:
+    """Memory of any content is what plugins are timed on while an engine is built."""
+    case = _case(4, 0) | {"slots": torch.tensor([5, -300, 1000, 2])}
+    operator, images = MsmRoute(stride=4, detections=8, costs=COSTS), torch.empty(1, 1, 4, 4)
+    inputs = [*case.values(), torch.tensor(0.0), images]
+    specs = [on_torch.spec_of(tensor) for tensor in inputs]
+    [launch, *_] = operator.launches(specs, operator.max_output_specs(specs))
+    memory = torch.full((4096,), 77)
+    written = [memory[2048:2056], *(torch.zeros(8, dtype=torch.int64) for _ in operator.outputs[1:])]
+    on_torch.start(launch, inputs, written, torch.zeros(operator.workspace(specs).bytes, dtype=torch.uint8))
+    assert (memory[:2048] == 77).all() and (memory[2056:] == 77).all()
+    assert [slot for slot in range(8) if written[0][slot] >= 0] == [2, 5]

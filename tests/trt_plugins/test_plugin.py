@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from runtime.errors import DynaMaskError, InputError
 from tests.trt_plugins.toy import Toy
 from trt_plugins import on_torch, plugin, tensorrt
-from trt_plugins.operator import Launch
+from trt_plugins.operator import Launch, TensorSpec
 from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX
 
 FLOAT, HALF, INT32 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT32
@@ -211,7 +211,8 @@ def enqueue(trt: ModuleType, toy: Any, rows: int, tensors: Sequence[torch.Tensor
     x, gain, *outputs, workspace = tensors
     kind = getattr(trt, on_torch.spec_of(x).dtype)
     descs = [SimpleNamespace(dims=(rows, x.shape[1]), type=kind), SimpleNamespace(dims=(), type=trt.float32)]
-    toy.enqueue(descs, [], [x.data_ptr(), gain.data_ptr()], [tensor.data_ptr() for tensor in outputs], workspace.data_ptr(), 7)
+    written = [SimpleNamespace(dims=dims, type=to) for dims, to in (((-1, x.shape[1]), kind), ((-1,), trt.int64), ((), trt.int64))]
+    toy.enqueue(descs, written, [x.data_ptr(), gain.data_ptr()], [tensor.data_ptr() for tensor in outputs], workspace.data_ptr(), 7)
 
 
 def test_attributes_come_back_where_an_engine_is_loaded(trt: ModuleType) -> None:
@@ -241,6 +242,43 @@ def test_an_enqueued_plugin_launches_its_kernels_on_its_arguments(trt: ModuleTyp
         # No row, no second launch: its grid has a 0.
         assert [launch.kernel.function for launch in launched[-len(kernels) :]] == kernels
     assert launched[3] is launched[0], "the launches of a shape are planned once"
+
+
+TOY = Toy("toy", scale=2)
+X, GAIN = TensorSpec((3, 4), "float32"), TensorSpec((), "float32")
+WRITTEN = [TensorSpec((-1, 4), "float32"), TensorSpec((-1,), "int64"), TensorSpec((), "int64")]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "sentence"),
+    [
+        ([TensorSpec((99, 4), "float32"), GAIN], WRITTEN, "toy: Toy: x is .*at most 64 rows"),
+        ([TensorSpec((3, 4), "int32"), GAIN], WRITTEN, "toy: Toy: x is int32"),
+        ([X, GAIN], [TensorSpec((-1, 4), "float16"), *WRITTEN[1:]], "toy: TensorRT gives .* float16 for the output rows, .*float32"),
+        ([X, GAIN], [*WRITTEN[:2], TensorSpec((2,), "int64")], r"toy: TensorRT gives \(2,\) int64 for the output m, which is \(\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_where_a_plugin_is_entered(
+    inputs: list[TensorSpec], outputs: list[TensorSpec], sentence: str
+) -> None:
+    with pytest.raises(DynaMaskError, match=sentence):
+        plugin.plan(TOY, inputs, outputs)
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "input 0"), (1, "input 1"), (2, "output rows"), (4, "output m"), (5, "workspace")])
+def test_null_and_unaligned_addresses_are_refused_by_name(place: int, name: str) -> None:
+    _, tensors = plugin.plan(TOY, [X, GAIN], WRITTEN)
+    aligned = [256 * (index + 1) for index in range(6)]
+    plugin.check_addresses(TOY, tensors, aligned)
+    for address in (0, 264):
+        with pytest.raises(DynaMaskError, match=f"toy: TensorRT gives the address {address:#x} for the {name},"):
+            plugin.check_addresses(TOY, tensors, [*aligned[:place], address, *aligned[place + 1 :]])
+
+
+def test_an_empty_tensor_may_have_no_address() -> None:
+    _, tensors = plugin.plan(TOY, [TensorSpec((0, 4), "float32"), GAIN], WRITTEN)
+    assert [name for name, filled in tensors if not filled] == ["input 0", "output rows", "output indices"]
+    plugin.check_addresses(TOY, tensors, [0, 256, 0, 0, 512, 1024])
 
 
 def test_a_plugin_for_building_does_not_run(trt: ModuleType, plugins: plugin.Plugins) -> None:

@@ -215,3 +215,18 @@ MAPS = TensorSpec((2, 8, 4, 4), "float32")
 def test_wrong_inputs_of_several_images_are_refused(inputs: list[TensorSpec], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RoiAlign(strides=(4, 8), size=7, samples=2, aligned=1, canonical_size=224.0, per_image=3).check_inputs(inputs)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning:triton")
+def test_places_and_boxes_of_any_content_read_within_the_maps() -> None:
+    """Memory of any content is what plugins are timed on while an engine is built."""
+    memory = torch.full((3, 4, 32, 20), float("nan"))
+    memory[1] = torch.randn(4, 32, 20, generator=torch.Generator().manual_seed(1))
+    nan, inf = float("nan"), float("inf")
+    rois = torch.tensor([[0.0, 0.0, 64.0, 64.0]] * 3 + [[nan, 0.0, 64.0, 64.0], [0.0, 0.0, inf, 64.0], [-1e38, 0.0, 1e38, 9.0]])
+    places = torch.tensor([0, 5_000_000_000, -7, 1, 1, 1])
+    operator = RoiAlign(strides=(4,), size=3, samples=2, aligned=1, per_image=2)
+    inside = run(operator, [memory[1:2], rois, places])[0]
+    torch.testing.assert_close(inside[1], inside[0])
+    torch.testing.assert_close(inside[2], inside[0])
+    assert inside[:3].isfinite().all()

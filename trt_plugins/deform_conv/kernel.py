@@ -97,8 +97,9 @@ def deform_conv(
         column += (pixel % OUT_WIDTH * STRIDE_X - PAD_X + tap % KERNEL_WIDTH * DILATION_X).to(tl.float32)
         # The 2 x 2 block of the map nearest to the position, each pixel weighted by max(0, 1 - distance) in both directions: bilinear
         # interpolation with zeros beyond the border. No load needs to test for the border.
-        top = tl.floor(tl.minimum(tl.maximum(row, 0.0), HEIGHT - 2.0))
-        left = tl.floor(tl.minimum(tl.maximum(column, 0.0), WIDTH - 2.0))
+        # Not a maximum of the position and 0, which may be NaN where the position is.
+        top = tl.floor(tl.where(row > 0.0, tl.minimum(row, HEIGHT - 2.0), 0.0))
+        left = tl.floor(tl.where(column > 0.0, tl.minimum(column, WIDTH - 2.0), 0.0))
         top_share = tl.maximum(1.0 - tl.abs(row - top), 0.0)
         bottom_share = tl.maximum(1.0 - tl.abs(row - top - 1.0), 0.0)
         left_share = tl.maximum(1.0 - tl.abs(column - left), 0.0)

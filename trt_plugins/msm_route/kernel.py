@@ -56,7 +56,7 @@ def choose_grids(
     tl.store(grids_of_slots + instance, tl.full([BLOCK_N], -1, tl.int64), mask=instance < slot_count)
     # Different threads write -1 and the grid to a filled slot: the grid must come second.
     tl.debug_barrier()
-    tl.store(grids_of_slots + slot, grid.to(tl.int64), mask=valid)
+    tl.store(grids_of_slots + slot, grid.to(tl.int64), mask=valid & (slot >= 0) & (slot < slot_count))
 
 
 @triton.jit

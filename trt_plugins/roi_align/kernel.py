@@ -19,6 +19,7 @@ def roi_align(
     rois,
     places,
     regions,
+    images,
     height0,
     width0,
     height1,
@@ -45,7 +46,7 @@ def roi_align(
     BLOCK_C: tl.constexpr,
     BLOCK_BINS: tl.constexpr,
 ):
-    """`regions [n, CHANNELS, SIZE, SIZE]` of `rois [n, 4]` from `x_l [B, CHANNELS, height_l, width_l]`, l < LEVELS.
+    """`regions [n, CHANNELS, SIZE, SIZE]` of `rois [n, 4]` from `x_l [images, CHANNELS, height_l, width_l]`, l < LEVELS.
 
     A RoI's image is its place // PER_IMAGE, or image 0 if PER_IMAGE is 0; its place is in `places [n]` if PLACED, else its row in `rois`.
     The grid has one axis: blocks of bins within blocks of channels within RoIs, so that neighbouring programs read the same part of a map.
@@ -79,7 +80,9 @@ def roi_align(
         place = roi
         if PLACED:
             place = tl.load(places + roi)
-        planes += (place // PER_IMAGE).to(tl.int64) * CHANNELS * plane
+        # A place beyond the images reads from the last one, one before them from the first.
+        image = tl.minimum(tl.maximum(place // PER_IMAGE, 0), images - 1)
+        planes += image.to(tl.int64) * CHANNELS * plane
     total = tl.zeros([BLOCK_C, BLOCK_BINS], tl.float32)
     for i in tl.static_range(SAMPLES):
         upper, lower, of_upper, of_lower = _neighbours(first_row, row_step, bins // SIZE, (i + 0.5) / SAMPLES, height)
@@ -123,7 +126,8 @@ def _neighbours(first, step, index, fraction: tl.constexpr, limit):
     outside the map."""
     position = first + index * step + fraction * step
     counts = (position >= -1.0) & (position <= limit)
-    position = tl.minimum(tl.maximum(position, 0.0), limit - 1.0)
+    # Not a maximum of the position and 0, which may be NaN where the position is.
+    position = tl.where(position > 0.0, tl.minimum(position, limit - 1.0), 0.0)
     low = position.to(tl.int32)
     to_high = position - low
     return low, tl.minimum(low + 1, limit - 1), tl.where(counts, 1.0 - to_high, 0.0), tl.where(counts, to_high, 0.0)

@@ -98,7 +98,7 @@ class RoiAlign(Operator):
         placed = len(inputs) > levels + 1
         signature = [(f"x{level}", kind) for level in range(MAX_LEVELS)]
         signature += [("rois", "*fp32"), ("places", "*i64" if placed else "*fp32"), ("regions", kind)]
-        signature += [(f"{side}{level}", "i32") for level in range(MAX_LEVELS) for side in ("height", "width")]
+        signature += [("images", "i32"), *((f"{side}{level}", "i32") for level in range(MAX_LEVELS) for side in ("height", "width"))]
         constants: list[tuple[str, int | float | bool]] = [("PER_IMAGE", values["per_image"]), ("PLACED", placed), ("LEVELS", levels)]
         constants += [(f"SCALE{level}", 1.0 / stride) for level, stride in enumerate(_fill(values["strides"]))]
         constants += [
@@ -123,7 +123,7 @@ class RoiAlign(Operator):
         # Without places the kernel gets a pointer to the RoIs, which it does not read.
         boxes = Buffer("input", levels), Buffer("input", len(inputs) - 1)
         sizes = [spec.size(axis) for spec in _fill(maps) for axis in (2, 3)]
-        arguments = (*pointers, *boxes, Buffer("output", 0), *sizes)
+        arguments = (*pointers, *boxes, Buffer("output", 0), maps[0].size(0), *sizes)
         return [Launch(self.kernels(inputs)[0], (rois.size(0) * blocks, 1, 1), arguments)]
 
     def _block(self, channels: int) -> tuple[int, int]:
