@@ -64,21 +64,17 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """`["train.phase2_epochs=3"]` as `{"train.phase2_epochs": 3}`; values are YAML.
 
     Raises:
-        InputError: no `=`, no key, or a value that is not YAML.
+        InputError: no `=`, no key, or or as `parse_yaml` for a value.
     """
-    import yaml
-
-    from runtime.errors import InputError
+    from dynamask.config import parse_yaml
+    from runtime.errors import InputError, shortened
 
     fields: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
         if not (key and equals):
-            raise InputError(f"--set {assignment} is not of the form KEY=VALUE: write it like --set train.phase2_epochs=3.")
-        try:
-            fields[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {assignment}: the value is not YAML: quote it.") from error
+            raise InputError(f"--set {shortened(assignment)} is not of the form KEY=VALUE: write it like --set train.phase2_epochs=3.")
+        fields[key] = parse_yaml(value, f"the value of --set {shortened(key)}")
     return fields
 
 

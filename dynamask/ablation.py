@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dynamask.config import NO_EFFECT_ON_WEIGHTS, Config, first_difference, first_error, load_config, load_run_config
+from dynamask.config import NO_EFFECT_ON_WEIGHTS, Config, first_difference, first_error, load_config, load_run_config, read_yaml
 from dynamask.data.coco import LabelledDataset
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
@@ -140,11 +139,7 @@ def read_plan(path: Path) -> Plan:
     if not path.is_file():
         raise InputError(f"{path} is not a file: give a plan as in docs/training.md.")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}): give a plan as in docs/training.md.") from error
-    try:
-        plan = Plan.model_validate(tree)
+        plan = Plan.model_validate(read_yaml(path))
     except ValidationError as error:
         raise InputError(f"{path}: {first_error(error)}; write it as in docs/training.md.") from error
     try:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from runtime.errors import InputError
+from runtime.errors import InputError, shortened
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -319,6 +319,9 @@ LATER_STEPS_ONLY = frozenset({"train.phase2_epochs", "train.rate_drop_epochs", "
 """Fields that change only what is still to be done."""
 MAY_CHANGE_ON_RESUME = NO_EFFECT_ON_WEIGHTS | LATER_STEPS_ONLY
 
+_MAX_VALUES = 100_000
+"""In a YAML file, aliases followed: a few lines of them can stand for more values than any memory holds."""
+
 EARLIER_NAMES = {
     "train.budget": "train.target_paper_gmacs",
     "train.switch_instances": "train.calibration_detections",
@@ -350,7 +353,7 @@ def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> C
     if name_or_file in CONFIGS:
         tree = CONFIGS[name_or_file].model_dump(mode="json")
     elif Path(name_or_file).is_file():
-        tree = with_current_names(_read_yaml(Path(name_or_file)), name_or_file)
+        tree = with_current_names(_read_fields(Path(name_or_file)), name_or_file)
     else:
         raise InputError(f"{name_or_file} is neither a file nor a named configuration: choose one of {', '.join(CONFIGS)}.")
     return parse_config(_replace(tree, overrides or {}), name_or_file)
@@ -365,7 +368,7 @@ def load_run_config(run: Path, overrides: dict[str, Any] | None = None) -> Confi
     path = run / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run} holds no run: name the folder of one with --output, or begin one with --config.")
-    return parse_config(_replace(with_current_names(_read_yaml(path), str(path)), overrides or {}), str(path))
+    return parse_config(_replace(with_current_names(_read_fields(path), str(path)), overrides or {}), str(path))
 
 
 def with_current_names(tree: dict[str, Any], where: str) -> dict[str, Any]:
@@ -404,7 +407,7 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
 def first_error(error: ValidationError) -> str:
     """The first field that does not fit, why, and its value, unless that is a whole section."""
     first = error.errors()[0]
-    field = ".".join(map(str, first["loc"]))
+    field = shortened(".".join(map(str, first["loc"])))
     given = "" if first["type"] == "value_error" else f" (given: {repr(first['input'])[:80]})"
     return f"{field}: {first['msg'].removeprefix('Value error, ')}{given}".removeprefix(": ")
 
@@ -429,11 +432,49 @@ def _flat(config: Config) -> dict[str, str]:
     return fields
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, as `parse_yaml` gives it.
+
+    Raises:
+        InputError: the file cannot be read, or as `parse_yaml`.
+    """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {str(error).splitlines()[0]}; write fields as in docs/training.md.") from error
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML as plain data.
+
+    Raises:
+        InputError: names `where` the text stood: it is not YAML, is nested too deeply, refers to itself, stands for more than
+            `_MAX_VALUES` values, or holds a whole number of more than 64 bits.
+    """
+    try:
+        tree = yaml.safe_load(text)
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply: write fields as in docs/training.md.") from None
+    except Exception as error:  # PyYAML raises ValueError, KeyError and others for dates and numbers that do not exist.
+        said = shortened((str(error).splitlines() or [type(error).__name__])[0])
+        raise InputError(f"{where} is not YAML ({said}): write fields as in docs/training.md, and quote texts.") from error
+    waiting, count = [tree], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise InputError(f"{where} refers to itself, or holds more than {_MAX_VALUES} values: write it without * and &.")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InputError(f"{where} holds a whole number of more than 64 bits: give a smaller one.")
+        waiting += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return tree
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise InputError(f"{path} holds no fields at its top level; write model:, data:, train: sections.")
     return tree
@@ -448,6 +489,6 @@ def _replace(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise InputError(f"{key} names no field: {section} holds a value, not fields.")
+                raise InputError(f"{shortened(key)} names no field: {shortened(section)} holds a value, not fields.")
         node[leaf] = value
     return tree

@@ -58,12 +58,12 @@ def _load(path: Path) -> onnx.ModelProto:
 def _cut(bundle: Bundle, model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> onnx.ModelProto:
     try:
         return onnx.utils.Extractor(model).extract_model(list(inputs), list(outputs))
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # onnx raises ValueError, KeyError, AssertionError and others on damaged graphs.
         raise InputError(f"{bundle.path / MODEL} is not a DynaMask graph ({first_line(error)}); export the bundle again.") from error
 
 
 def _check_loads(path: Path) -> None:
     try:
-        ort.InferenceSession(str(path), providers=PROVIDERS)
+        ort.InferenceSession(str(path), providers=PROVIDERS, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base.
         raise DynaMaskError(f"ONNX Runtime {ort.__version__} does not load the {path.stem} it was given ({first_line(error)}).") from error

@@ -260,6 +260,8 @@ def _read_manifest(path: Path) -> Manifest:
         raise InputError(f"{path} holds no {MANIFEST}, so it is not a bundle; make one with dynamask export.")
     try:
         fields = json.loads(file.read_bytes())
+    except RecursionError:
+        raise InputError(f"{file} is nested too deeply for a bundle's manifest; export the bundle again.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{file} could not be read as JSON ({error}); export the bundle again.") from error
     version = fields.get("schema_version") if isinstance(fields, dict) else None

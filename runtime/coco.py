@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pycocotools import mask as mask_api
 
 from runtime.coco_masks import MaskError, Rle, checked_area, checked_box, crowd_flag, encode_mask, whole_number
-from runtime.errors import InputError
+from runtime.errors import InputError, shortened
 from runtime.images import MAX_PIXELS, read_image
 
 Array = npt.NDArray[Any]
@@ -447,8 +447,7 @@ def _require_unique(values: Iterable[int | str], what: str, path: Path) -> None:
 
 def _short(value: Any) -> str:
     """The value for a sentence: at most 80 characters, however long or deep it is."""
-    text = _REPR.repr(value).encode("utf-8", "backslashreplace").decode("utf-8")
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(_REPR.repr(value))
 
 
 def _fields(record: CocoImage | CocoCategory) -> dict[str, Any]:

@@ -6,6 +6,12 @@ INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended: 128 + SIGINT."""
 
 
+def shortened(text: str) -> str:
+    """The text for a message: at most 80 characters, on one line; characters that cannot be printed are escaped."""
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:100])
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class DynaMaskError(Exception):
     """A failure that the caller could not prevent, such as a full disk; the command line exits with status 1.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import os
 import re
@@ -73,22 +74,34 @@ def read_frames(path: str | os.PathLike[str]) -> Generator[tuple[Array, float], 
     """
     path = _checked(Path(path))
     with _errors(path), _load(path) as (image, orientation):
-        for number in range(_count(image)):
-            image.seek(number)
+        for number in itertools.count():
+            try:
+                image.seek(number)
+            except EOFError:
+                if number:
+                    return
+                raise
             image.load()
             seconds = float(image.info.get("duration", 0)) / 1000
             yield _upright(_to_rgb(path, image), orientation), seconds if seconds >= _SHORTEST_FRAME_S else _USUAL_FRAME_S
+            if image.format not in _ANIMATED:
+                return
 
 
-def frame_count(path: str | os.PathLike[str]) -> int:
-    """The number of frames that `read_frames` gives.
+def frame_count(path: str | os.PathLike[str]) -> int | None:
+    """The number of frames that `read_frames` gives; None if a later frame is damaged so that they cannot be counted.
 
     Raises:
         InputError, DynaMaskError: as `read_image`.
     """
     path = _checked(Path(path))
     with _errors(path), _load(path) as (image, _):
-        return _count(image)
+        if image.format not in _ANIMATED:
+            return 1
+        try:
+            return int(getattr(image, "n_frames", 1))
+        except Exception:  # Pillow reads all frames' headers, and raises IndexError, struct.error and others on damaged ones.
+            return None
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -112,10 +125,6 @@ def is_image(path: str | os.PathLike[str]) -> bool:
         return False
     except Exception:  # Identified, and damaged or too large: `read_image` says how.
         return True
-
-
-def _count(image: Image.Image) -> int:
-    return int(getattr(image, "n_frames", 1)) if image.format in _ANIMATED else 1
 
 
 def _checked(path: Path) -> Path:

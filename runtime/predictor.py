@@ -176,7 +176,10 @@ class Predictor:
                 _, scale = letterbox_normalise(image, *self._canvas, manifest.mean, manifest.std, out=canvases[index : index + 1])
                 scales.append(scale)
                 preprocess_ms.append(1000 * (time.perf_counter() - start))
-            outputs = self.engine.run(canvases, budget_gmacs, np.tile(overrides, count), min_score).per_image(count)
+            output = self.engine.run(canvases, budget_gmacs, np.tile(overrides, count), min_score)
+        if (fault := output.first_fault(count, manifest.detections)) is not None:
+            raise InputError(f"{self.bundle.path}: the outputs of its model do not fit together ({fault}); export it again.")
+        outputs = output.per_image(count)
         return [self._instances(*of_image) for of_image in zip(outputs, scales, sizes, preprocess_ms, strict=True)]
 
     def _instances(self, output: EngineOutput, scale: float, size: tuple[int, int], preprocess_ms: float) -> Instances:

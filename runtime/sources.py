@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -241,7 +242,7 @@ class AnimationSource(_OpenedOnFirstFrame):
         # The first frame's duration stands for all; each frame has its own time.
         first, seconds = next(self._frames)
         self._opening = (first, seconds)
-        self.frame_rate = Fraction(1 / seconds).limit_denominator(1001) if self.frame_count > 1 else FOLDER_FRAME_RATE
+        self.frame_rate = Fraction(1 / seconds).limit_denominator(1001) if self.frame_count != 1 else FOLDER_FRAME_RATE
         super().__init__()
 
     def _decode(self) -> Iterator[Frame]:
@@ -406,8 +407,8 @@ def _open_container(path: Path) -> av.container.InputContainer:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk.") from error
     try:
-        # FFmpeg makes a copy of the descriptor, and may open nothing by name.
-        return av.open("fd:", options={"fd": str(descriptor), "protocol_whitelist": "fd"})
+        # FFmpeg makes a copy of the descriptor, and may open nothing by name. Titles need not be UTF-8.
+        return av.open("fd:", options={"fd": str(descriptor), "protocol_whitelist": "fd"}, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise InputError(_unopened(path, error)) from error
     finally:
@@ -483,7 +484,12 @@ def _as_shown(frame: av.VideoFrame, pixel_aspect: Fraction = Fraction(1)) -> npt
 
 def _display_matrix(frame: av.VideoFrame) -> npt.NDArray[np.int32] | None:
     """`[3, 3] int32` fixed-point, as in the MP4 format (ISO/IEC 14496-12): (x, y, 1) times it is the place shown."""
-    side_data: Any = frame.side_data
+    try:
+        side_data: Any = frame.side_data
+    except ValueError:
+        # PyAV lists no side data if one of them is of a type that it does not know, such as EXIF. Its rotation leaves out mirroring.
+        cos, sin = (round(part(math.radians(frame.rotation))) for part in (math.cos, math.sin))
+        return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]], np.int32)
     data = side_data.get("DISPLAYMATRIX")
     return None if data is None or data.buffer_size < 36 else np.frombuffer(bytes(data)[:36], dtype=np.int32).reshape(3, 3)
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import InputError
-from runtime.graph import MSM
+from runtime.graph import GRIDS, MSM
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle, Manifest, Profile
@@ -41,6 +41,28 @@ class EngineOutput:
     masks: Masks
     times_ms: Mapping[str, float]
     """`detector` and `masks`, milliseconds."""
+
+    def first_fault(self, images: int, slots: int) -> str | None:
+        """The first way in which this is not the output for so many images with K = `slots`; None if there is none."""
+        rows = images * slots
+        for name, shape, kind in (("boxes", (rows, 4), "f"), ("scores", (rows,), "f"), ("labels", (rows,), "i"), ("grids", (rows,), "i")):
+            values = getattr(self, name)
+            if values.shape != shape or values.dtype.kind != kind:
+                return f"{name} has the shape {list(values.shape)}, type {values.dtype}"
+        for grid, (places, logits) in self.masks.items():
+            if places.ndim != 1 or logits.shape != (len(places), grid, grid) or (places.dtype.kind, logits.dtype.kind) != ("i", "f"):
+                return f"masks_{grid} has the shape {list(logits.shape)}, type {logits.dtype}, for {places.size} slots"
+        by_image = (self.scores > 0).reshape(images, slots)
+        if (by_image[:, 1:] > by_image[:, :-1]).any():
+            return "an empty slot is before a filled one"
+        filled = np.flatnonzero(by_image)
+        if not np.isfinite(self.boxes[filled]).all():
+            return "a box is not finite"
+        if (self.labels[filled] < 0).any() or not np.isin(self.grids[filled], range(len(GRIDS))).all():
+            return "an instance has no class or no grid"
+        if not np.isin(filled, np.concatenate([places for places, _ in self.masks.values()])).all():
+            return "an instance has no mask"
+        return None
 
     def per_image(self, count: int) -> list[EngineOutput]:
         """The output of each of the run's `count` images, with slots from 0 on. Each gets an equal share of the run's `times_ms`."""

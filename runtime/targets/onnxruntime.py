@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle import MANIFEST, Bundle, Profile
-from runtime.errors import InputError
-from runtime.graph import DETECTIONS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
+from runtime.errors import DynaMaskError, InputError
+from runtime.graph import DETECTIONS, DETECTOR_INPUTS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
 from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
 from runtime.targets.ort import ort
 
@@ -76,6 +76,8 @@ class OnnxRuntimeEngine:
         # Threads that wait spin by default, and take the cores from the other session, the decoder and the encoder.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._detector, self._masks = (_session(bundle, name, options) for name in (DETECTOR, MASKS))
+        _check_interface(bundle, DETECTOR, self._detector, DETECTOR_INPUTS, (*PYRAMID, *DETECTIONS))
+        _check_interface(bundle, MASKS, self._masks, (*PYRAMID, *DETECTIONS, *MASK_CONTROLS), MASK_OUTPUTS)
         shapes = {value.name: value.shape for session in (self._detector, self._masks) for value in session.get_inputs()}
         height, width = self.manifest.canvas
         if shapes["image"] != [1, 3, height, width] or shapes["grid_override"] != [self.manifest.detections]:
@@ -113,7 +115,7 @@ class OnnxRuntimeEngine:
         check_fits(image.shape, self.profile, self._path, TARGET)
         start = time.perf_counter()
         inputs = {"image": _value(image), "min_score": _value(np.array(min_score, np.float32))}
-        detected = self._detector.run_with_ort_values((*PYRAMID, *DETECTIONS), inputs)
+        detected = self._run(self._detector, DETECTOR, (*PYRAMID, *DETECTIONS), inputs)
         found = time.perf_counter()
         boxes, scores, labels = detected[4:]
         grids, masks = self.run_masks(detected[:4], boxes, scores, labels, budget_gmacs, grid_override)
@@ -144,8 +146,17 @@ class OnnxRuntimeEngine:
         override = slot_overrides(grid_override, self.manifest.detections)
         values = (*features, boxes, scores, labels, np.array(budget_gmacs or 0, np.float32), override)
         inputs = {name: _value(value) for name, value in zip((*PYRAMID, *DETECTIONS, *MASK_CONTROLS), values, strict=True)}
-        grids, *rest = (value.numpy() for value in self._masks.run_with_ort_values(MASK_OUTPUTS, inputs))
+        grids, *rest = (value.numpy() for value in self._run(self._masks, MASKS, MASK_OUTPUTS, inputs))
         return grids, dict(zip(GRIDS, zip(rest[: len(GRIDS)], rest[len(GRIDS) :], strict=True), strict=True))
+
+    def _run(self, session: Any, name: str, outputs: Sequence[str], inputs: dict[str, Any]) -> Any:
+        try:
+            return session.run_with_ort_values(outputs, inputs)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base.
+            raise DynaMaskError(
+                f"ONNX Runtime stopped in {self._path / 'engines' / TARGET / name} ({first_line(error)}); if enough memory is free, the "
+                f"graph does not fit together: export the bundle again."
+            ) from error
 
 
 def _value(value: Any) -> Any:
@@ -155,13 +166,24 @@ def _value(value: Any) -> Any:
 def _session(bundle: Bundle, name: str, options: Any) -> Any:
     path = bundle.path / "engines" / TARGET / name
     try:
-        return ort.InferenceSession(str(path), options, providers=PROVIDERS)
+        return ort.InferenceSession(str(path), options, providers=PROVIDERS, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base.
         built = bundle.manifest.engines[TARGET].versions.get("onnxruntime", "?")
         raise InputError(
             f"{path}, built for ONNX Runtime {built}, does not load in {ort.__version__} ({first_line(error)}); "
             f"build it again with dynamask build-engine {bundle.path} --target {TARGET}."
         ) from error
+
+
+def _check_interface(bundle: Bundle, name: str, session: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    found_inputs, found_outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    if set(found_inputs) != set(inputs) or not set(found_outputs) >= set(outputs):
+        missing = sorted({*inputs, *outputs} - {*found_inputs, *found_outputs})
+        without = f" (without {', '.join(missing)})" if missing else ""
+        raise InputError(
+            f"{bundle.path / 'engines' / TARGET / name} has other inputs or outputs than an engine of this version"
+            f"{without}; build it again with dynamask build-engine {bundle.path} --target {TARGET}."
+        )
 
 
 def has_deform_conv() -> bool:

@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from hypothesis import strategies as st
 from pycocotools import mask as mask_api
 
-Strategy = st.SearchStrategy[Any]
+from dynamask.data.coco import CocoDataset
+from runtime.coco import read_coco
+from runtime.errors import InputError
+from tests.fuzzing import Files
+from tests.fuzzing.odd import Strategy, mostly, odd_numbers, odd_values
 
 HEIGHT, WIDTH = 12, 16
 """Of most images."""
-ODD_NUMBERS = (0, -1, 1.5, 2**31, 2**53 + 1, 2**64, 10**400, 1e308, -1e308, 5e-324, float("nan"), float("inf"), -float("inf"))
-ODD_TEXTS = ("", " ", "1", " 1 ", "1.0", "-0", "٣", "null", "../x.jpg", "/x.jpg", "C:\\x.jpg", "a\0b", "\ud800", "\udcff", "ä", "x" * 300)
-ODD_VALUES = (
-    None,
-    True,
-    False,
-    *ODD_NUMBERS,
-    *ODD_TEXTS,
-    [],
-    {},
-    [[]],
-    [None],
-    [1],
-    ["a", 1],
-    {"": None},
-    {"id": 1},
-    [[[[1.0]]]],
-    {"counts": [], "size": []},
-)
-
-odd_numbers = st.sampled_from(ODD_NUMBERS)
-odd_values = st.one_of(st.sampled_from(ODD_VALUES), st.floats(), st.integers(), st.text(max_size=4))
-"""Values of any JSON type, where another one belongs."""
-
-
-@st.composite
-def mostly(draw: st.DrawFn, sound: Strategy, odd: Strategy = odd_values) -> Any:
-    """The sound value in eleven of twelve draws, otherwise an odd one. (`one_of` takes equal strategies for one.)"""
-    return draw(odd if draw(st.integers(0, 11)) == 7 else sound)
 
 
 def ids(last: int) -> Strategy:
@@ -145,3 +122,50 @@ def coco_documents(draw: st.DrawFn) -> bytes:
     if damage == 16:
         return content[:at] + draw(st.binary(max_size=8)) + content[at + 1 :]
     return draw(st.binary(max_size=64)) if damage == 15 else content
+
+
+def inputs() -> st.SearchStrategy[Files]:
+    """An annotation file and images, some of which it may name."""
+    _, image = cv2.imencode(".png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    images = {f"images/{i}.png": image.tobytes() for i in range(2)}
+    return coco_documents().map(lambda document: Files({"instances.json": document, **images}))
+
+
+def check(folder: Path) -> bool:
+    """Read the file as validation does, then as training does."""
+    path = folder / "instances.json"
+    try:
+        data = read_coco(folder)
+    except InputError as error:
+        assert str(path) in str(error)
+        str(error).encode()
+        return False
+    sizes = {image.id: (image.height, image.width) for image in data.images}
+    for annotation in data.annotations:
+        assert annotation.size == sizes[annotation.image_id]
+        x, y, w, h = annotation.box
+        assert 0 <= x < x + w <= annotation.size[1] + 1e-6
+        assert 0 <= y < y + h <= annotation.size[0] + 1e-6
+        assert annotation.area > 0
+        assert mask_api.area(annotation.segmentation) > 0
+    json.dumps(data.truth, allow_nan=False).encode()
+    json.dumps([data.summary(), data.counts()], allow_nan=False).encode()
+    _train(path, folder / "images")
+    return True
+
+
+def _train(annotations: Path, images: Path) -> None:
+    try:
+        dataset = CocoDataset(annotations, images)
+    except InputError:
+        return
+    for index in range(len(dataset)):
+        try:
+            image, target = dataset[index]
+        except InputError:
+            continue
+        count = len(target["labels"])
+        assert target["masks"].shape == (count, *image.shape[:2]) and target["boxes"].shape == (count, 4)
+        assert target["masks"].any(axis=(1, 2)).all()
+        assert all(1 <= label <= len(dataset.classes) for label in target["labels"])
+        assert np.isfinite(target["boxes"]).all()
