@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from runtime.errors import InputError, shortened
+from runtime.errors import InputError, is_unicode, shortened
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -452,7 +452,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
     Raises:
         InputError: names `where` the text stood: it is not YAML, is nested too deeply, refers to itself, stands for more than
-            `_MAX_VALUES` values, or holds a whole number of more than 64 bits.
+            `_MAX_VALUES` values, or holds a whole number of more than 64 bits or half a surrogate pair.
     """
     try:
         tree = yaml.safe_load(text)
@@ -469,6 +469,8 @@ def parse_yaml(text: str, where: str) -> Any:
             raise InputError(f"{where} refers to itself, or holds more than {_MAX_VALUES} values: write it without * and &.")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise InputError(f"{where} holds a whole number of more than 64 bits: give a smaller one.")
+        if isinstance(value, str) and not is_unicode(value):
+            raise InputError(f"{where} holds half a surrogate pair ({shortened(value)}), which is no character: correct that text.")
         waiting += [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     return tree
 

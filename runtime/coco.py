@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pycocotools import mask as mask_api
 
 from runtime.coco_masks import MaskError, Rle, checked_area, checked_box, crowd_flag, encode_mask, whole_number
-from runtime.errors import InputError, shortened
+from runtime.errors import InputError, is_unicode, shortened
 from runtime.images import MAX_PIXELS, read_image
 
 Array = npt.NDArray[Any]
@@ -391,7 +391,7 @@ def _relative_name(name: str, path: Path) -> str:
     relative = PurePosixPath(name.replace("\\", "/"))
     if relative.is_absolute() or PureWindowsPath(name).drive or ".." in relative.parts:
         raise InputError(f"{path}: the file name {_short(name)} leads out of the folder of images: make it relative to that folder.")
-    if not relative.parts or "\0" in name or not _is_text(name) or any(len(part.encode()) > _LONGEST_NAME for part in relative.parts):
+    if not relative.parts or "\0" in name or not is_unicode(name) or any(len(part.encode()) > _LONGEST_NAME for part in relative.parts):
         raise InputError(f"{path}: {_short(name)} cannot be the name of a file: correct that entry of images.")
     return str(relative)
 
@@ -408,25 +408,16 @@ def _category(entry: Any, path: Path) -> CocoCategory:
         number, name = whole_number(entry.get("id")), entry.get("name")
         if isinstance(name, int) and not isinstance(name, bool):
             name = str(name)
-        if number is not None and isinstance(name, str) and name.strip() and _is_text(name):
+        if number is not None and isinstance(name, str) and name.strip() and is_unicode(name):
             group, frequency = (
-                value if isinstance(value, str) and _is_text(value) else None for value in map(entry.get, ("supercategory", "frequency"))
+                value if isinstance(value, str) and is_unicode(value) else None for value in map(entry.get, ("supercategory", "frequency"))
             )
             return CocoCategory(number, name, group, frequency)
     raise InputError(f"{path} has a category without a usable id and name ({_short(entry)}): correct that entry.")
 
 
 def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) and _is_text(value) else None
-
-
-def _is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON may hold halves of surrogate pairs."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return value if isinstance(value, str) and is_unicode(value) else None
 
 
 def _annotation_ids(annotations: Iterable[Any]) -> Iterable[int]:

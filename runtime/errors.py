@@ -12,6 +12,15 @@ def shortened(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON and YAML may hold halves of surrogate pairs."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class DynaMaskError(Exception):
     """A failure that the caller could not prevent, such as a full disk; the command line exits with status 1.
 

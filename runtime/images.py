@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import itertools
@@ -153,7 +154,8 @@ def _errors(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise DynaMaskError(f"{path} needs more memory than is free; close other programs or give a smaller image.") from error
     except OSError as error:
-        if error.errno is not None:
+        # A damaged file makes decoders seek to places that do not exist: EINVAL.
+        if error.errno not in (None, errno.EINVAL):
             raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions and the disk.") from error
         raise _undecodable(path, error) from error
     except Exception as error:  # Pillow's decoders raise SyntaxError, ValueError, EOFError, struct.error and others on damaged files.

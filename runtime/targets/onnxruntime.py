@@ -176,7 +176,10 @@ def _session(bundle: Bundle, name: str, options: Any) -> Any:
 
 
 def _check_interface(bundle: Bundle, name: str, session: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    found_inputs, found_outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    try:
+        found_inputs, found_outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+    except UnicodeDecodeError:
+        found_inputs = found_outputs = []
     if set(found_inputs) != set(inputs) or not set(found_outputs) >= set(outputs):
         missing = sorted({*inputs, *outputs} - {*found_inputs, *found_outputs})
         without = f" (without {', '.join(missing)})" if missing else ""

@@ -67,6 +67,6 @@ def changed_trees(draw: st.DrawFn, tree: Any) -> Any:
         elif change == 10 and isinstance(container, dict):
             container[draw(st.sampled_from([*ODD_TEXTS, "schema_version", "engines", "files"]))] = draw(odd_values)
         else:
-            for _ in range(draw(st.sampled_from([2, 20, 100]))):
+            for _ in range(draw(st.sampled_from([2, 10, 40]))):
                 container[key] = [container[key]]
     return tree

@@ -164,3 +164,8 @@ def test_an_engine_that_could_not_be_written_is_not_there(bundle, monkeypatch):
 def test_a_manifest_needs_the_cost_of_every_grid(synthetic):
     with pytest.raises(ValidationError, match="costs are needed"):
         synthetic.manifest(grid_gmacs={14: 0.1})
+
+
+def test_a_manifest_that_is_nested_too_deeply_is_refused(bundle):
+    (bundle.path / "manifest.json").write_text("[" * 100_000)
+    refused(bundle.path, "manifest.json", "nested too deeply")

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from export.onnxruntime_engine import build_onnxruntime
 from runtime.bundle import Bundle, Profile
-from runtime.errors import InputError
+from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS
 from runtime.predictor import Predictor, load
 from runtime.preprocess import letterbox_normalise
@@ -145,7 +146,7 @@ def test_a_run_has_the_smallest_canvas_that_holds_its_images(synthetic, canvas, 
     (low_height, low_width), _, (high_height, high_width) = profile.canvas
     fitted = max(low_height, min(canvas[0], high_height)), max(low_width, min(canvas[1], high_width))
     images, engine = drawn(*sizes), WholeImage(profile)
-    bundle = Bundle("a.bundle", synthetic.manifest(canvas=canvas))
+    bundle = Bundle("a.bundle", synthetic.manifest(canvas=canvas, detections=1))
     found = Predictor(bundle, engine).batch(images)
     for instances, (height, width) in zip(found, sizes, strict=True):
         np.testing.assert_allclose(instances.boxes, [[0, 0, width, height]], rtol=0.02, atol=1e-3)
@@ -296,4 +297,82 @@ def test_a_model_that_is_no_dynamask_graph_is_refused(synthetic, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"not a model")
     bundle = Bundle.create(tmp_path / "a.bundle", synthetic.manifest(), {"model.onnx": tmp_path / "bad.onnx"})
     with pytest.raises(InputError, match="could not be read as ONNX"):
+        build_onnxruntime(bundle)
+
+
+def output(**changes):
+    """Of one image with two slots, one of them filled."""
+    masks = {grid: (np.zeros(0, np.int64), np.zeros((0, grid, grid), np.float32)) for grid in GRIDS}
+    masks[14] = (np.array([0]), np.zeros((1, 14, 14), np.float32))
+    fields = {
+        "boxes": np.zeros((2, 4), np.float32),
+        "scores": np.array([0.5, 0], np.float32),
+        "labels": np.array([0, -1]),
+        "grids": np.array([0, -1]),
+        "masks": masks,
+        "times_ms": {"detector": 1.0, "masks": 1.0},
+    }
+    return EngineOutput(**fields | changes)
+
+
+def test_outputs_that_fit_together_have_no_fault():
+    assert output().first_fault(1, 2) is None
+    assert output().first_fault(2, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"boxes": np.zeros((2, 3), np.float32)}, "boxes has the shape [2, 3]"),
+        ({"scores": np.array([1, 0])}, "scores has the shape [2], type int64"),
+        ({"scores": np.array([0, 0.5], np.float32)}, "an empty slot"),
+        ({"scores": np.array([0.5, 0.5], np.float32)}, "no class"),
+        ({"boxes": np.full((2, 4), np.nan, np.float32)}, "not finite"),
+        ({"grids": np.array([4, -1])}, "no grid"),
+        ({"masks": {14: (np.array([1]), np.zeros((1, 14, 14), np.float32))}}, "no mask"),
+        ({"masks": {14: (np.array([0]), np.zeros((1, 14, 15), np.float32))}}, "masks_14 has the shape [1, 14, 15]"),
+    ],
+    ids=["columns", "type", "order", "class", "finite", "grid", "no mask", "mask"],
+)
+def test_outputs_that_do_not_fit_together_are_refused(predictor, monkeypatch, changes, fault):
+    assert fault in output(**changes).first_fault(1, 2)
+    monkeypatch.setattr(predictor.engine, "run", lambda *_: output(**changes))
+    with pytest.raises(InputError, match=r"a\.bundle: the outputs of its model do not fit together"):
+        predictor(WHITE)
+
+
+def test_a_graph_that_stops_while_it_runs_names_its_file(synthetic, tmp_path):
+    bundle = change_detector(synthetic, tmp_path, lambda graph: graph.initializer[0].dims.insert(0, 1))
+    with load(bundle, threads=1) as predictor, pytest.raises(DynaMaskError, match=r"ONNX Runtime stopped in .*masks\.onnx .*export"):
+        predictor(WHITE)
+
+
+def test_an_engine_with_other_outputs_is_refused_when_loaded(synthetic, tmp_path, capsys):
+    bundle = change_detector(synthetic, tmp_path, lambda graph: graph.output.pop(0))
+    with pytest.raises(InputError, match=r"detector\.onnx has other inputs or outputs .* \(without p2\); build it again"):
+        load(bundle, threads=1)
+    bundle = change_detector(synthetic, tmp_path, lambda graph: None, replace=(b"boxes", b"b\xffxes"))
+    with pytest.raises(InputError, match=r"does not load|other inputs or outputs"):
+        load(bundle, threads=1)
+    assert capsys.readouterr().out == "", "standard output is for results"
+
+
+def change_detector(synthetic, folder, change, replace=(b"", b"")):
+    """The path of a bundle whose detector was changed, with the hash that it then has."""
+    bundle = synthetic.create(folder / "changed.bundle")
+    build_onnxruntime(bundle)
+    engine = bundle.path / "engines" / "onnxruntime"
+    model = onnx.load(engine / "detector.onnx")
+    change(model.graph)
+    files = {"detector.onnx": model.SerializeToString().replace(*replace), "masks.onnx": (engine / "masks.onnx").read_bytes()}
+    bundle.add_engine("onnxruntime", files, "fp32", {})
+    return bundle.path
+
+
+def test_a_model_with_a_tensor_that_two_nodes_write_is_refused(synthetic, tmp_path):
+    model = synthetic.graph()
+    model.graph.node.append(model.graph.node[0])
+    onnx.save(model, tmp_path / "twice.onnx")
+    bundle = Bundle.create(tmp_path / "a.bundle", synthetic.manifest(), {"model.onnx": tmp_path / "twice.onnx"})
+    with pytest.raises(InputError, match="is not a DynaMask graph"):
         build_onnxruntime(bundle)

@@ -13,6 +13,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from runtime.errors import InputError
+from runtime.images import read_image
 from runtime.sources import AnimationSource, Frame, Source, VideoSource, _Clock, _upright, open_source
 from tests.runtime.fake_stream import write_video
 
@@ -410,3 +411,44 @@ def test_the_error_for_a_folder_without_images_names_its_content(tmp_path: Path,
     (tmp_path / name).mkdir() if name == "sub" else (tmp_path / name).write_text("x")
     with pytest.raises(InputError, match=said):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_video_with_exif_is_turned_as_its_pictures_are(tmp_path: Path, orientation: int) -> None:
+    # PyAV does not know this kind of side data.
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "a.mjpeg").write_bytes(3 * (tmp_path / "a.jpg").read_bytes())
+    _, frames = read(tmp_path / "a.mjpeg")
+    assert len(frames) == 3
+    expected = read_image(tmp_path / "a.jpg")
+    assert frames[0].image.shape == expected.shape
+    assert np.abs(frames[0].image.astype(int) - expected).max() <= 3
+
+
+def test_a_title_that_is_no_utf_8_does_not_matter(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "v.avi"), "w") as container:
+        container.metadata["title"] = "c-a-f-e"
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    data = (tmp_path / "v.avi").read_bytes()
+    assert b"c-a-f-e" in data
+    (tmp_path / "v.avi").write_bytes(data.replace(b"c-a-f-e", b"caf\xe9\xff ."))
+    assert len(read(tmp_path / "v.avi")[1]) == 3
+
+
+def test_an_animation_whose_frames_cannot_be_counted_is_played_to_the_damage(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (8, 6), (60 * i, 60 * i, 60 * i)) for i in range(4)]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=[50, 200, 100, 100])
+    data = (tmp_path / "a.gif").read_bytes()
+    # The file ends in the description of the last picture, which follows the extension that holds its duration.
+    (tmp_path / "a.gif").write_bytes(data[: data.rindex(b"\x21\xf9\x04") + 8 + 10])
+    source, frames = read(tmp_path / "a.gif")
+    assert [int(frame.image.mean()) for frame in frames] == [0, 60, 120]
+    assert (source.frame_count, source.frame_rate) == (None, 20)

@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from cli.train import parse_assignments, train
-from dynamask.config import Config
+from dynamask.ablation import read_plan
+from dynamask.config import Config, load_config, load_run_config
 from dynamask.train import trainer
 from runtime.errors import InputError
 
@@ -138,3 +139,46 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path
 def test_an_assignment_that_is_none_is_refused(assignment: str) -> None:
     with pytest.raises(InputError, match="--set"):
         parse_assignments([assignment])
+
+
+NINEFOLD = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 1000, "nested too deeply"),
+        ("train: {seed: 2026-99-99}", r"not YAML \(month must be"),
+        ("train: {seed: !!timestamp x}", "not YAML"),
+        ("train: {seed: !!bool x}", "not YAML"),
+        ("train: &a {seed: *a}", "refers to itself"),
+        (f"model: 1\n{NINEFOLD}", "refers to itself, or holds more than"),
+        ("train: {seed: 0x" + "f" * 5000 + "}", "more than 64 bits"),
+        ('"\\ud800": 1', r"half a surrogate pair \(\\ud800\)"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_yaml_that_is_no_configuration_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    for load in (load_config, lambda path: read_plan(Path(path))):
+        with pytest.raises(InputError, match=said) as caught:
+            load(str(tmp_path / "config.yaml"))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+        str(caught.value).encode()
+
+
+def test_a_file_that_is_no_utf_8_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"train:\xff")
+    with pytest.raises(InputError, match=r"config\.yaml is not UTF-8 \(byte 6\)"):
+        load_config(str(tmp_path / "config.yaml"))
+
+
+def test_a_run_whose_section_is_a_number_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: 1.5")
+    with pytest.raises(InputError, match="train: Input should be a valid dictionary"):
+        load_run_config(tmp_path)
+
+
+def test_a_long_name_is_shortened() -> None:
+    with pytest.raises(InputError, match=r"^lite0-shapes: train\.y{71}\.\.\.: Extra inputs"):
+        load_config("lite0-shapes", {"train." + "y" * 5000: 1})
