@@ -37,7 +37,6 @@ class Campaign:
         self.findings: Counter[str] = Counter()
         self._folder = folder.absolute()
         self._seed = seed
-        self._digests: set[bytes] = set()
         self._peak_bytes = 0
         self._seconds = 0.0
 
@@ -91,7 +90,6 @@ class Campaign:
                 return f"more than {limit:.0f} seconds"
 
     def _take(self, message: worker.Message) -> str | None:
-        self._digests.add(message.digest)
         self._peak_bytes = max(self._peak_bytes, message.peak_bytes)
         if message.outcome in ("accepted", "refused") and message.peak_bytes > MAX_BYTES:
             return f"more than {MAX_BYTES / 1024**3:.0f} GB of memory"
@@ -118,7 +116,7 @@ class Campaign:
         """The numbers of this kind, and each finding on a line of its own."""
         accepted, refused = self.outcomes["accepted"], self.outcomes["refused"]
         lines = [
-            f"{self.kind}: {self.count} inputs ({len(self._digests)} different) in {self._seconds:.0f} s: {accepted} accepted, "
+            f"{self.kind}: {self.count} inputs in {self._seconds:.0f} s: {accepted} accepted, "
             f"{refused} refused, {self.findings.total()} findings; at most {self._peak_bytes / 1e6:.0f} MB of memory"
         ]
         lines += [f"  {number} times: {finding}" for finding, number in self.findings.most_common()]

@@ -34,14 +34,13 @@ class Message:
     """What the child says: before each input `begun`, after it `accepted`, `refused` or the name of a finding."""
 
     outcome: str
-    digest: bytes
     folder: Path
     peak_bytes: int
     traceback: str = ""
 
 
 def fuzz(kind: str, folder: Path, first_seed: int, seconds: float, examples: int | None, sender: Connection) -> None:
-    """Check inputs until the time is over or their number is reached, and send two messages about each."""
+    """Check different inputs until the time is over or their number is reached, and send two messages about each."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with (folder / STDERR).open("w") as file:
@@ -50,16 +49,20 @@ def fuzz(kind: str, folder: Path, first_seed: int, seconds: float, examples: int
     end = time.monotonic() + seconds
     module = importlib.import_module(f"tests.fuzzing.{kind}")
     count, open_files = 0, 0
+    seen: set[bytes] = set()
 
     def one(files: Files) -> None:
         nonlocal count, open_files
         if time.monotonic() > end or (examples is not None and count >= examples):
             return
+        digest = hashlib.sha256(repr(sorted(files.items())).encode()).digest()[:16]
+        if digest in seen:
+            return
+        seen.add(digest)
         count += 1
-        digest = hashlib.sha256(repr(sorted(dict.items(files))).encode("utf-8", "surrogatepass")).digest()[:16]
         shutil.rmtree(folder / INPUT, ignore_errors=True)
         write(files, folder / INPUT)
-        sender.send(Message("begun", digest, folder, _peak_bytes()))
+        sender.send(Message("begun", folder, _peak_bytes()))
         outcome, report = _outcome(module.check, folder / INPUT)
         if count == 100:
             open_files = _open_files()
@@ -67,7 +70,7 @@ def fuzz(kind: str, folder: Path, first_seed: int, seconds: float, examples: int
             gc.collect()
             if _open_files() > open_files + _OPEN_FILES:
                 outcome, open_files = "files are left open", _open_files()
-        sender.send(Message(outcome, digest, folder, _peak_bytes(), report))
+        sender.send(Message(outcome, folder, _peak_bytes(), report))
 
     number = first_seed * 1_000_000
     while time.monotonic() < end and (examples is None or count < examples):
