@@ -10,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Two workers by default: give WORKERS=8 on a larger machine.
 WORKERS ?= 2
 
-.PHONY: demo test test-lowest lint docs test-gpu clean
+.PHONY: demo test test-lowest lint docs fuzz test-gpu clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
@@ -20,6 +20,7 @@ help:
 	@echo "make test-lowest the tests with the lowest versions that pyproject.toml allows, in an environment of their own"
 	@echo "make lint        lint, spelling, types and the direction of imports only"
 	@echo "make docs        the documentation as a site (in site/)"
+	@echo "make fuzz        ten minutes of damaged and odd files of each kind; findings in .fuzz/findings"
 	@echo "make test-gpu    the tests that need an NVIDIA GPU"
 	@echo "make clean       remove .venv, .venv-lowest, demo/, site/ and caches"
 
@@ -75,10 +76,13 @@ test: lint
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
 
+fuzz: $(READY)
+	$(BIN)/python -m tests.fuzzing
+
 test-gpu: $(READY)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("PyTorch finds no NVIDIA GPU here: dynamask doctor says why.")'
 	TRITON_INTERPRET=0 $(BIN)/pytest --durations 15 -m gpu
 
 clean:
-	rm -rf $(VENV) $(LOWEST) demo site build dist *.egg-info .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) demo site build dist *.egg-info .import_linter_cache .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -64,7 +64,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """`["train.phase2_epochs=3"]` as `{"train.phase2_epochs": 3}`; values are YAML.
 
     Raises:
-        InputError: no `=`, no key, or or as `parse_yaml` for a value.
+        InputError: no `=`, no key, or as `parse_yaml` for a value.
     """
     from dynamask.config import parse_yaml
     from runtime.errors import InputError, shortened
