@@ -69,11 +69,13 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _summary(bundle: Path, result: dict[str, Any]) -> str:
+    from runtime.graph import GRIDS
+
     height, width = result["canvas"]
     gmacs = result["gmacs"]
     lines = [
         f"{bundle} ({result['bytes'] / 1e6:.1f} MB, {height} × {width}, {sum(result['operators'].values())} nodes)",
-        "GMAC per instance: " + ", ".join(f"{gmacs[grid]:.4f} at {grid}" for grid in ("14", "28", "56", "112")),
+        "GMAC per instance: " + ", ".join(f"{gmacs[str(grid)]:.4f} at {grid}" for grid in GRIDS),
         f"GMAC per image: {gmacs['detector']:.2f} for the detector",
     ]
     parity = result["parity"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from runtime.errors import InputError, is_unicode, shortened
+from runtime.errors import InputError, first_line, is_unicode, shortened
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -459,7 +459,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except RecursionError:
         raise InputError(f"{where} is nested too deeply: write fields as in docs/training.md.") from None
     except Exception as error:  # PyYAML raises ValueError, KeyError and others for dates and numbers that do not exist.
-        said = shortened((str(error).splitlines() or [type(error).__name__])[0])
+        said = shortened(first_line(error))
         raise InputError(f"{where} is not YAML ({said}): write fields as in docs/training.md, and quote texts.") from error
     waiting, count = [tree], 0
     while waiting:

@@ -30,7 +30,7 @@ from dynamask.origins import (
     resnet_pixels,
     without_epsilon,
 )
-from runtime.errors import InputError
+from runtime.errors import InputError, first_line
 from runtime.files import sha256
 
 EPSILON_FREE = ("bf2d0c1e", "258fb6c6")
@@ -82,7 +82,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         # PyTorch's own message for the second case recommends unsafe loading.
-        fault = "it is none, or holds objects" if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
+        fault = "it is none, or holds objects" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise InputError(
             f"{path} cannot be read as a file of plain weights ({fault}):"
             " copy it again if it was cut short, or save the model's state_dict() alone, with torch.save."

@@ -29,7 +29,7 @@ from export.precision import emulate_fp16, to_fp16
 from export.seams import read_facts
 from export.serialized_engine import Progress, build_serialized
 from runtime.bundle import MANIFEST, MODEL, Bundle, Canvas, EngineEntry, Profile
-from runtime.errors import InputError
+from runtime.errors import InputError, first_line
 from runtime.targets.registry import check_target
 from trt_plugins.aot import compile_kernels
 from trt_plugins.driver import Driver, open_driver
@@ -170,7 +170,7 @@ def _read_graph(bundle: Bundle, precision: str) -> onnx.ModelProto:
     try:
         model = onnx.load(path)
     except Exception as error:  # protobuf's and onnx's exceptions share no public base.
-        raise InputError(f"{path} could not be read as ONNX ({str(error).splitlines()[0]}); export the bundle again.") from error
+        raise InputError(f"{path} could not be read as ONNX ({first_line(error)}); export the bundle again.") from error
     return to_fp16(model) if precision == "fp16" else model
 
 

@@ -11,9 +11,9 @@ import onnx.utils
 
 from export.deform_conv_fallback import replace_deform_conv
 from runtime.bundle import MODEL, Bundle, EngineEntry
-from runtime.errors import DynaMaskError, InputError
+from runtime.errors import DynaMaskError, InputError, first_line
 from runtime.graph import DETECTIONS, DETECTOR_INPUTS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
-from runtime.targets.onnxruntime import DETECTOR, MASKS, PROVIDERS, TARGET, first_line, has_deform_conv
+from runtime.targets.onnxruntime import DETECTOR, MASKS, PROVIDERS, TARGET, has_deform_conv
 from runtime.targets.ort import ort
 
 

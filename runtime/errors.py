@@ -51,3 +51,9 @@ class InputError(DynaMaskError):
     """
 
     exit_status = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its type if it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from runtime.errors import DynaMaskError, InputError
+from runtime.errors import DynaMaskError, InputError, first_line
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: a small file can claim any size."""
@@ -163,7 +163,7 @@ def _errors(path: Path) -> Iterator[None]:
 
 
 def _undecodable(path: Path, error: Exception) -> InputError:
-    said = (str(error).splitlines() or [type(error).__name__])[0]
+    said = first_line(error)
     if "truncated" in said.lower():
         return InputError(f"{path} is truncated ({said}); copy or download it again.")
     return InputError(f"{path} cannot be decoded ({said}): it is damaged, or coded in an unknown way; save it again as JPEG or PNG.")

@@ -152,7 +152,8 @@ class Predictor:
         _check_budget(budget_gmacs)
         if grid_override is not None and not np.isin(grid_override, np.arange(MSM, SIZE_BASED + 1)).all():
             raise InputError(
-                f"a grid_override of {grid_override} does not exist; give -1 (the model decides), 0 to 3 (14, 28, 56, 112) or 4 (by size)."
+                f"a grid_override of {grid_override} does not exist; give {MSM} (the model decides), "
+                f"0 to {len(GRIDS) - 1} ({', '.join(map(str, GRIDS))}) or {SIZE_BASED} (by size)."
             )
         overrides = slot_overrides(grid_override, self.bundle.manifest.detections)
         budget = self.budget_gmacs if budget_gmacs is None else budget_gmacs

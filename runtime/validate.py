@@ -13,7 +13,7 @@ from runtime.budget import BudgetKeeper
 from runtime.coco import CocoData, CocoImage
 from runtime.coco_metrics import evaluate_coco
 from runtime.errors import InputError
-from runtime.graph import MSM
+from runtime.graph import GRIDS, MSM
 from runtime.machine import machine
 from runtime.policies import Policy, parse_policy
 from runtime.statistics import RunStatistics, grid_statistics, timed_prediction
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from runtime.predictor import Predictor
 
 IOU_TYPES = ("segm", "bbox", "boundary")
-POLICIES = ("routed", "routed@50%", "uniform-14", "uniform-28", "uniform-56", "uniform-112", "size-based")
+POLICIES = ("routed", "routed@50%", *(f"uniform-{grid}" for grid in GRIDS), "size-based")
 ROUTING_SCORE = 0.5
 """Detections below this score stay out of the table of cost by class: their class says little about their shape."""
 

@@ -28,7 +28,7 @@ from dynamask.train.schedule import Schedule
 from dynamask.train.skipped import SkippedImages
 from dynamask.train.steps import FaultReport, StepFault, Stepper
 from dynamask.train.validator import Validator
-from runtime.errors import DynaMaskError, InputError
+from runtime.errors import DynaMaskError, InputError, first_line
 
 
 def train(config: Config, output: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
                 raise
             raise DynaMaskError(
                 f"Step {trainer.progress.step + 1}: another process of this run has ended, and so this one ends "
-                f"({str(error).splitlines()[0]}); resume from the last checkpoint with: dynamask train --output {output} --resume"
+                f"({first_line(error)}); resume from the last checkpoint with: dynamask train --output {output} --resume"
             ) from error
 
 

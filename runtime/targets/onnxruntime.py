@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle import MANIFEST, Bundle, Profile
-from runtime.errors import DynaMaskError, InputError
+from runtime.errors import DynaMaskError, InputError, first_line
 from runtime.graph import DETECTIONS, DETECTOR_INPUTS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
 from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
 from runtime.targets.ort import ort
@@ -205,9 +205,3 @@ def has_deform_conv() -> bool:
     except Exception:  # NotImplemented and Fail share no public base; any of them means no.
         return False
     return True
-
-
-def first_line(error: Exception) -> str:
-    """An error's message up to its first line break, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -202,7 +202,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, resnet: DynaMask)
     torch.save({"encoder.weight": torch.ones(1)}, tmp_path / "other.pth")
     for name, sentence in [
         ("absent.pth", "does not exist"),
-        ("cut.safetensors", "no readable file"),
+        ("cut.safetensors", "cannot be read as a file of plain weights"),
         ("numbers.pth", "more than named tensors"),
         ("other.pth", "begins with the tensor encoder.weight"),
     ]:
