@@ -18,6 +18,7 @@ from cli.data import app as data
 from cli.demo import demo
 from cli.doctor import doctor
 from cli.export import export
+from cli.finetune import finetune
 from cli.flops import flops
 from cli.predict import predict
 from cli.stream import stream
@@ -54,6 +55,7 @@ app = typer.Typer(
 app.command(rich_help_panel="Begin")(demo)
 app.command(rich_help_panel="Begin")(doctor)
 app.add_typer(data, name="data", rich_help_panel="Make")
+app.command(rich_help_panel="Make")(finetune)
 app.command(rich_help_panel="Make")(train)
 app.command(rich_help_panel="Make")(export)
 app.command("build-engine", rich_help_panel="Make")(build_engine)

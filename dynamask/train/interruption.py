@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -12,18 +13,21 @@ from types import FrameType
 
 @dataclass
 class Interruption:
-    """Whether SIGINT or SIGTERM has come; call it to ask."""
+    """Whether SIGINT or SIGTERM has come, or the time is up; call it to ask."""
 
     requested: bool = False
+    """A signal has come."""
+    deadline: float | None = None
+    """On the clock of `time.monotonic`."""
 
     def __call__(self) -> bool:
-        return self.requested
+        return self.requested or (self.deadline is not None and time.monotonic() >= self.deadline)
 
 
 @contextlib.contextmanager
-def interruption() -> Iterator[Interruption]:
+def interruption(deadline: float | None = None) -> Iterator[Interruption]:
     """Handle SIGINT and SIGTERM in the block: the first one sets the flag, a second one acts as it would without this block."""
-    flag = Interruption()
+    flag = Interruption(deadline=deadline)
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield flag
         return

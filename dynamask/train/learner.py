@@ -76,7 +76,8 @@ def load_initial_weights(model: DynaMask, config: Config, message: Callable[[str
                 f"{source} has no {unfit[0]} that fits this model, whose detector is to be kept: give a checkpoint of the same preset and "
                 "classes, or train the detector too (train.frozen_detector=false, weights_part=all)."
             )
-        message(f"Started from {source}; {len(random)} tensors, of the mask branch or of another shape, start from random values.")
+        rest = f"; {len(random)} tensors, of the mask branch or of another shape, start from random values" if random else ""
+        message(f"Started from {source}{rest}.")
     elif config.keeps_detector:
         fault = "is no DynaMask checkpoint" if Path(source).is_file() else "is not a file"
         raise InputError(

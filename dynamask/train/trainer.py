@@ -31,13 +31,20 @@ from dynamask.train.validator import Validator
 from runtime.errors import DynaMaskError, InputError, first_line
 
 
-def train(config: Config, output: Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(config: Config, output: Path, resume: bool = False, quiet: bool = False, deadline: float | None = None) -> dict[str, Any]:
     """Train a model and write everything to the folder `output` (docs/training.md lists the files).
 
     The samples, their augmentation and all other randomness depend only on the seed, the epoch and the step, so that a resumed
     run does the steps that an uninterrupted one would have done (bit for bit on the CPU). SIGINT and SIGTERM end the run after
     the current step, with everything saved. Started by `torchrun`, the processes share every batch; only the first one writes, evaluates
     and reports, and a run that torchrun starts again after a failure resumes by itself.
+
+    Args:
+        config: the model, the data and the recipe.
+        output: the run's folder.
+        resume: continue the run in `output`.
+        quiet: print nothing.
+        deadline: when the run ends as after a signal, on the clock of `time.monotonic`.
 
     Returns:
         The contents of `metrics.json`: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
@@ -52,7 +59,7 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
     """
     if config.train.threads > 0:
         torch.set_num_threads(config.train.threads)
-    with joined() as world, interruption() as interrupt, ProgressReport(quiet or not world.is_main) as report:
+    with joined() as world, interruption(deadline) as interrupt, ProgressReport(quiet or not world.is_main) as report:
         if config.train.batch % world.size:
             raise InputError(
                 f"train.batch is {config.train.batch}, which {world.size} processes cannot share equally: "
