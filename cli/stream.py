@@ -10,10 +10,10 @@ import typer
 from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads
 
 if TYPE_CHECKING:
+    from runtime.frames import Source
     from runtime.policies import Policy
     from runtime.predictor import Predictor
     from runtime.sinks import Sink
-    from runtime.sources import Source
     from runtime.stream import StreamReport
 
 

@@ -22,8 +22,8 @@ from runtime.files import Output, atomic_path, failure, is_special, unwritable
 if TYPE_CHECKING:
     import av
 
+    from runtime.frames import Frame
     from runtime.instances import Instances
-    from runtime.sources import Frame
 
 Image = npt.NDArray[np.uint8]
 _TICKS = 90_000

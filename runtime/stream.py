@@ -18,10 +18,10 @@ from runtime.policies import ROUTED, Policy, parse_policy
 from runtime.statistics import RunStatistics, timed_prediction
 
 if TYPE_CHECKING:
+    from runtime.frames import Frame, Source
     from runtime.instances import Instances
     from runtime.predictor import Predictor
     from runtime.sinks import Sink
-    from runtime.sources import Frame, Source
 
 QUEUED_FRAMES = 4
 """The length of the queue before inference, and of the one before the sinks."""

@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from runtime.errors import DynaMaskError
-from runtime.sources import MAX_FRAME_PIXELS, open_source
+from runtime.sources import open_source
+from runtime.video import MAX_FRAME_PIXELS
 from tests.fuzzing import Files
 from tests.fuzzing.damage import damaged
 

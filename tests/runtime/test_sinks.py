@@ -16,8 +16,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from runtime.errors import DynaMaskError, InputError
+from runtime.frames import Frame
 from runtime.sinks import FolderSink, JsonLinesSink, Sink, VideoSink
-from runtime.sources import Frame
 from tests.runtime.fake_stream import count_frames, make_instances
 
 TIMES = {"preprocess": 1.0, "detector": 2.0, "masks": 3.0}

@@ -13,8 +13,10 @@ from av.stream import Disposition
 from PIL import Image
 
 from runtime.errors import InputError
+from runtime.frames import Frame, Source
 from runtime.images import read_image
-from runtime.sources import AnimationSource, Frame, Source, VideoSource, _Clock, _upright, open_source
+from runtime.sources import AnimationSource, open_source
+from runtime.video import VideoSource, _Clock, _upright
 from tests.runtime.fake_stream import write_video
 
 
@@ -301,7 +303,7 @@ def test_absurd_frame_rates_are_not_believed(tmp_path: Path, rate: int) -> None:
 
 def test_frames_too_large_for_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "v.mkv", 2)
-    monkeypatch.setattr("runtime.sources.MAX_FRAME_PIXELS", 48 * 64 - 1)
+    monkeypatch.setattr("runtime.video.MAX_FRAME_PIXELS", 48 * 64 - 1)
     with pytest.raises(InputError, match="has frames of 64x48, more than"):
         open_source(path)
 

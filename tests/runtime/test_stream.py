@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import DynaMaskError
+from runtime.frames import Frame
 from runtime.policies import Policy
 from runtime.sinks import JsonLinesSink, Sink, VideoSink
-from runtime.sources import Frame, open_source
+from runtime.sources import open_source
 from runtime.stream import QUEUED_FRAMES, StreamReport, run_stream
 from tests.runtime.fake_stream import GRID_GMACS, FakePredictor, count_frames, write_video
 
