@@ -10,6 +10,7 @@ operators nothing depends on either. Slots stay flat: slot k of image b is row `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from export.seams import RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
 from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
 from runtime.graph import CONTINUE, DETECTIONS, EXIT, INPUTS, PYRAMID, SLOTS
+from trt_plugins.deform_conv.operator import pack_weight
 from trt_plugins.msm_route.operator import SIZES
 from trt_plugins.operator import DType, Operator, TensorSpec
 from trt_plugins.registry import DOMAIN, OPERATORS, PREFIX
@@ -197,6 +199,20 @@ def lower_resize(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     return len(nodes)
 
 
+def lower_reshape(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
+    """Give every Reshape that keeps the first axis, and infers its size, the size 0, which copies it."""
+    changed = 0
+    for node in [node for node in graph.nodes if node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant)]:
+        before, after = node.inputs[0].shape or [], node.inputs[1].values.tolist()
+        known = all(isinstance(size, int) and size > 0 for size in [*before[1:], *after[1:]])
+        if len(after) > 1 and after[0] == -1 and known and math.prod(before[1:]) == math.prod(after[1:]):
+            node.inputs[1] = gs.Constant(f"{node.name}/shape", np.array([0, *after[1:]]))
+            # With it, 0 would be the size itself.
+            node.attrs.pop("allowzero", None)
+            changed += 1
+    return changed
+
+
 def lower_deform_conv(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     """Replace every DeformConv, with a Relu that is its only consumer, by a DynaMaskDeformConv."""
     nodes = [node for node in graph.nodes if node.op == "DeformConv"]
@@ -204,10 +220,13 @@ def lower_deform_conv(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> i
         if node.attrs.get("group", 1) != 1:
             raise InputError(f"{MODEL}: {node.name} has {node.attrs['group']} groups, not one: use --target onnxruntime.")
         x, weight, offset, *rest = node.inputs
+        if not isinstance(weight, gs.Constant):
+            raise InputError(f"{MODEL}: the weight of {node.name} is computed in the graph: export the bundle again.")
         output = node.outputs[0]
         relu = _only_consumer(graph, output, "Relu")
         bias = rest[0] if rest and not rest[0].is_empty() else gs.Constant(f"{node.name}/bias", np.zeros(weight.shape[0], weight.dtype))
         attributes = {
+            "kernel_shape": list(weight.values.shape[2:]),
             "strides": list(node.attrs.get("strides", [1, 1])),
             "pads": list(node.attrs.get("pads", [0, 0, 0, 0])),
             "dilations": list(node.attrs.get("dilations", [1, 1])),
@@ -216,7 +235,8 @@ def lower_deform_conv(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> i
         }
         # The weight tells the module: model.mask_branch.rfpn.stages.0.align.weight, with more behind it in fp16.
         name = weight.name.removeprefix("model.").partition(".weight")[0].replace(".", "/")
-        fused = _operator("DeformConv", name, attributes, [x, weight, offset, bias, *rest[1:]])
+        packed = gs.Constant(f"{weight.name}/packed", pack_weight(weight.values, attributes["offset_group"]))
+        fused = _operator("DeformConv", name, attributes, [x, packed, offset, bias, *rest[1:]])
         replace_between(graph, node.inputs, relu.outputs if relu else [output], fused)
     return len(nodes)
 
@@ -227,8 +247,9 @@ REWRITES: tuple[tuple[str, Callable[[gs.Graph, GraphFacts, Profile], int], str],
     ("MsmRoute", lower_routing, "NonZero has no implementation; the routing stays on the device"),
     ("RoiAlign on the pyramid", lower_pyramid_roi_align, "each box on its own level in one launch, where NonZero sorted them by level"),
     ("RoiAlign", lower_roi_align, "the built-in one cannot be built without a GPU and takes no fp16 map with fp32 boxes"),
-    ("DeformConv", lower_deform_conv, "there is no importer; bias and Relu are fused"),
+    ("DeformConv", lower_deform_conv, "there is no importer; bias and Relu are fused, the weight is packed once"),
     ("Resize", lower_resize, "the size depends on the canvas, the factor does not"),
+    ("Reshape", lower_reshape, "TensorRT 11.1 has failed to infer the first size where it depends on the data; copied, it is known"),
 )
 
 

@@ -23,8 +23,9 @@ from benchmarks.kernels.case import (
 )
 from benchmarks.kernels.timing import Contender
 from trt_plugins.deform_conv import DeformConv
+from trt_plugins.deform_conv.reference import packed_inputs
 
-PLAIN = DeformConv(strides=(1, 1), pads=(1, 1, 1, 1), dilations=(1, 1), offset_group=1)
+PLAIN = DeformConv(kernel_shape=(3, 3), strides=(1, 1), pads=(1, 1, 1, 1), dilations=(1, 1), offset_group=1)
 
 
 def case(n: int, channels: int, grid: int, dtype: torch.dtype) -> Case:
@@ -36,14 +37,14 @@ def case(n: int, channels: int, grid: int, dtype: torch.dtype) -> Case:
         return [x, weight, offset, random(channels, dtype=dtype)]
 
     inputs = draw()
-    y = launch(PLAIN, inputs)[0]
+    y = launch(PLAIN, packed_inputs(inputs))[0]
     work = deform_conv_work(inputs, y)
     error = relative_error(y, _torchvision(*(tensor.float() for tensor in inputs)))
     sets = input_sets_beyond_cache(draw, inputs, work.bytes)
     peer_dtype = _peer_dtype(inputs, dtype)
     peers = sets if peer_dtype == dtype else [[tensor.to(peer_dtype) for tensor in each] for each in sets]
     contenders = {
-        KERNEL: Contender([bound(launch, PLAIN, each) for each in sets]),
+        KERNEL: Contender([bound(launch, PLAIN, packed_inputs(each)) for each in sets]),
         f"torchvision, {type_name(peer_dtype)}": Contender([bound(_torchvision, *each) for each in peers]),
     }
     return Case(f"DeformConv {channels} @ {grid}", dtype, contenders, work, error)

@@ -15,6 +15,7 @@ from benchmarks.kernels.deform_conv import PLAIN
 from benchmarks.kernels.roi_align import CROPS, REGION
 from benchmarks.kernels.timing import Contender
 from runtime.graph import MSM
+from trt_plugins.deform_conv.reference import packed_inputs
 from trt_plugins.msm_route import MsmRoute
 
 ROUTED, LARGEST = "mask branch, routed", "mask branch, all at 112"
@@ -103,7 +104,8 @@ class KernelDeformConv2d(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
+        self.bias = layer.bias
+        _, self.weight = packed_inputs([self.bias, layer.weight])  # type: ignore[list-item]
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
         return launch(PLAIN, [x, self.weight, offset, self.bias])[0]  # type: ignore[list-item]

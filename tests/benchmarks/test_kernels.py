@@ -25,6 +25,7 @@ from dynamask.config import R50
 from dynamask.model import build_mask_branch
 from runtime.errors import InputError
 from trt_plugins import on_torch
+from trt_plugins.deform_conv.reference import packed_inputs
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.roi_align import RoiAlign
 
@@ -75,7 +76,7 @@ def test_input_sets_exceed_twice_the_cache(size: int, cache: int, sets: int) -> 
 
 def test_launch_agrees_with_the_runner_of_the_tests() -> None:
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(size, generator=generator) for size in [(2, 4, 5, 6), (3, 4, 3, 3), (2, 18, 5, 6), (3,)]]
+    inputs = packed_inputs([torch.randn(size, generator=generator) for size in [(2, 4, 5, 6), (3, 4, 3, 3), (2, 18, 5, 6), (3,)]])
     assert torch.equal(launch(deform_conv.PLAIN, inputs)[0], on_torch.run(deform_conv.PLAIN, inputs)[0])
     feature = torch.empty(1, 1, 16, 16)
     sized = launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), torch.tensor(0.0), feature])

@@ -26,6 +26,7 @@ from export.lowering import (
     lower_detections,
     lower_proposals,
     lower_pyramid_roi_align,
+    lower_reshape,
     lower_resize,
     lower_roi_align,
     lower_routing,
@@ -107,9 +108,10 @@ def test_deform_conv_takes_the_relu_that_alone_follows_it(follower: str) -> None
     assert lower_deform_conv(graph, FACTS, ONE) == 1
     graph.cleanup().toposort()
     (operator,) = [placed.operator for placed in place_operators(graph)]
-    assert operator.values == {"strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1), "offset_group": 1, "relu": follower == "Relu"}
+    fixed = {"kernel_shape": (3, 3), "strides": (1, 1), "pads": (1, 1, 1, 1), "dilations": (1, 1), "offset_group": 1}
+    assert operator.values == {**fixed, "relu": follower == "Relu"}
     node = next(node for node in graph.nodes if node.domain == DOMAIN)
-    assert (node.op, node.name, names(node.inputs[:3])) == ("DynaMaskDeformConv", "branch/align", ["x", weight.name, "offset"])
+    assert (node.op, node.name, names(node.inputs[:3])) == ("DynaMaskDeformConv", "branch/align", ["x", f"{weight.name}/packed", "offset"])
     np.testing.assert_array_equal(node.inputs[3].values, np.zeros(6, np.float32))
     assert [n.op for n in graph.nodes if n.domain != DOMAIN] == [] if follower in ("Relu", "nothing") else [follower.split()[0]]
 
@@ -231,6 +233,20 @@ def test_sizes_become_factors() -> None:
     np.testing.assert_array_equal(before, after)
     graph.inputs[0].shape = graph.outputs[0].shape = ["b", 8, "h", "w"]
     assert open_session(gs.export_onnx(graph, ir_version=10)).run(None, {"x": np.zeros((2, 8, 3, 4), np.float32)})[0].shape == (2, 8, 6, 8)
+
+
+def test_reshapes_that_keep_the_rows_copy_their_number() -> None:
+    """A size of 0 in place of -1: a public project met an assertion of TensorRT 11.1 with -1 on data-dependent sizes."""
+    sketch = Sketch()
+    x = sketch.input("x", ["n", 8, 4])
+    same = sketch.node("Reshape", [x, np.array([-1, 32])], "same", ["n", 32], allowzero=1)
+    other = sketch.node("Reshape", [x, np.array([-1, 4])], "other", ["m", 4], allowzero=1)
+    last = sketch.node("Reshape", [x, np.array([4, -1])], "last", [4, "m"])
+    graph = sketch.finish(same, other, last)
+    assert lower_reshape(graph, FACTS, ONE) == 1
+    kept, *others = graph.nodes
+    assert kept.inputs[1].values.tolist() == [0, 32] and not kept.attrs.get("allowzero", 0)
+    assert [node.inputs[1].values.tolist() for node in others] == [[-1, 4], [4, -1]]
 
 
 def test_a_pyramid_level_that_is_not_cropped_is_missed() -> None:
@@ -379,9 +395,12 @@ def test_our_refused_operators_are_those_of_the_parser(trt: Any) -> None:
 def reference(name: str, inputs: list[torch.Tensor], values: dict[str, Any]) -> list[torch.Tensor]:
     """An operator's outputs by its PyTorch reference."""
     if name == "DeformConv":
-        from trt_plugins.deform_conv.reference import deform_conv
+        from trt_plugins.deform_conv.reference import deform_conv, unpacked_weight
 
-        return [deform_conv(*inputs, **{key: value for key, value in values.items() if key != "offset_group"})]
+        x, packed, offset, bias, *mask = inputs
+        weight = unpacked_weight(packed, x.shape[1], len(bias), values["kernel_shape"])
+        attributes = {key: values[key] for key in ("strides", "pads", "dilations", "relu")}
+        return [deform_conv(x, weight, offset, bias, *mask, **attributes)]
     if name == "RoiAlign":
         from trt_plugins.roi_align.reference import roi_align
 
@@ -580,7 +599,7 @@ def test_every_kind_of_operator_is_placed(lowered: Lowered) -> None:
     assert {"box_region", "region", "crop_112", "mask_branch/rfpn/stages/2/align"} <= {node.name for node in nodes}
     relus = [placed.operator.values["relu"] for placed in lowered.operators if placed.operator.name == "DeformConv"]
     assert sorted(relus) == [0, 0, 0, 1, 1, 1]
-    assert [rewrite.count for rewrite in lowered.rewrites if rewrite.name != "identities"] == [1, 1, 1, 2, 3, 6, 3]
+    assert [rewrite.count for rewrite in lowered.rewrites if rewrite.name != "identities"] == [1, 1, 1, 2, 3, 6, 3, 10]
 
 
 def test_half_precision_goes_straight_into_the_operators(half: onnx.ModelProto) -> None:

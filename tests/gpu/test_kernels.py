@@ -20,7 +20,7 @@ from dynamask.detector import CANDIDATES_PER_DETECTION, RPN_NMS_THRESHOLD
 from runtime.bench import random_boxes
 from runtime.graph import GRIDS
 from trt_plugins.deform_conv import DeformConv
-from trt_plugins.deform_conv.reference import deform_conv
+from trt_plugins.deform_conv.reference import deform_conv, packed_inputs
 from trt_plugins.detections import Detections
 from trt_plugins.detections.reference import detect
 from trt_plugins.msm_route import MsmRoute
@@ -92,7 +92,7 @@ def test_deform_conv(groups: int, modulated: bool, n: int, dtype: torch.dtype) -
         _random(channels, dtype=dtype, seed=3),
         *([_random(n, taps, size, size, dtype=dtype, seed=4).sigmoid()] if modulated else []),
     ]
-    [y] = run(DeformConv(**convolution, offset_group=groups, relu=1), inputs)
+    [y] = run(DeformConv(kernel_shape=(3, 3), **convolution, offset_group=groups, relu=1), packed_inputs(inputs, groups))
     if n == 0:
         assert y.shape == (0, channels, size, size)
     else:
@@ -201,8 +201,8 @@ def test_paste_masks(preset: ModelConfig, grid: int, n: int, dtype: torch.dtype)
 
 
 def _again(preset: ModelConfig) -> dict[str, Callable[[], list[Tensor]]]:
-    x = [_random(20, 32, 112, 112), _random(32, 32, 3, 3), _random(20, 18, 112, 112), _random(32)]
-    convolution = DeformConv(strides=(1, 1), pads=(1, 1, 1, 1), dilations=(1, 1), offset_group=1)
+    x = packed_inputs([_random(20, 32, 112, 112), _random(32, 32, 3, 3), _random(20, 18, 112, 112), _random(32)])
+    convolution = DeformConv(kernel_shape=(3, 3), strides=(1, 1), pads=(1, 1, 1, 1), dilations=(1, 1), offset_group=1)
     cells = AnchorGenerator(tuple((size,) for size in preset.anchor_sizes), ((0.5, 1.0, 2.0),) * 5).cell_anchors
     maps = [_random(1, channels, *size, seed=seed) for channels in (3, 12) for seed, size in enumerate(_sizes(preset))]
     limits: dict[str, Any] = {"per_level": preset.proposals_per_level, "proposals": preset.proposals, "nms_threshold": RPN_NMS_THRESHOLD}

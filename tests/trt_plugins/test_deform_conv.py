@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from runtime.errors import InputError
 from trt_plugins.deform_conv import DeformConv
-from trt_plugins.deform_conv.operator import tiling
-from trt_plugins.deform_conv.reference import deform_conv
+from trt_plugins.deform_conv.operator import pack_weight, tiling
+from trt_plugins.deform_conv.reference import deform_conv, packed_inputs, unpacked_weight
 from trt_plugins.on_torch import run, spec_of
 from trt_plugins.operator import TensorSpec
 
@@ -52,6 +54,17 @@ def _inputs(
     return [tensor.to(dtype) for tensor in ([x, weight, offset, bias, mask] if modulated else [x, weight, offset, bias])]
 
 
+def _run(
+    inputs: Sequence[Tensor],
+    groups: int = 1,
+    kernel: tuple[int, int] = (3, 3),
+    convolution: dict[str, Any] = PLAIN,
+    relu: int = 0,
+) -> list[Tensor]:
+    operator = DeformConv(kernel_shape=kernel, **convolution, offset_group=groups, relu=relu)
+    return run(operator, packed_inputs(inputs, groups))
+
+
 def _half_bound(inputs: Sequence[Tensor], expected: Tensor, convolution: dict[str, Any]) -> Tensor:
     """What float16 may differ by from a float32 result: samples and y are rounded once each, by 2^-11 of themselves."""
     x, weight, offset, bias, *mask = inputs
@@ -80,7 +93,7 @@ def test_agrees_with_torchvision(
     relu: int,
 ) -> None:
     inputs = _inputs(shape, outputs, kernel, groups, modulated, convolution)
-    [y] = run(DeformConv(**convolution, offset_group=groups, relu=relu), inputs)
+    [y] = _run(inputs, groups, kernel, convolution, relu)
     # float32 sums of at most 432 terms, in another order.
     torch.testing.assert_close(y, deform_conv(*inputs, **convolution, relu=bool(relu)), atol=1e-5, rtol=1e-5)
 
@@ -88,7 +101,7 @@ def test_agrees_with_torchvision(
 @pytest.mark.parametrize(("groups", "modulated"), [(1, False), (2, True)])
 def test_half_differs_by_its_roundings_alone(groups: int, modulated: bool) -> None:
     inputs = _inputs((1, 40, 6, 7), 24, groups=groups, modulated=modulated, dtype=torch.float16)
-    [y] = run(DeformConv(**PLAIN, offset_group=groups), inputs)
+    [y] = _run(inputs, groups)
     assert y.dtype == torch.float16
     expected = deform_conv(*(tensor.float() for tensor in inputs), **PLAIN)
     assert ((y.float() - expected).abs() <= _half_bound(inputs, expected, PLAIN)).all()
@@ -111,22 +124,49 @@ def test_samples_fade_to_zero_beyond_the_border(size: tuple[int, int], offset: l
     x = torch.randn(1, 2, height, width, generator=torch.Generator().manual_seed(1))
     offsets = torch.tensor(offset)[: 2 * height * width].view(1, 2, height, width)
     inputs = [x, torch.ones(1, 2, 1, 1), offsets, torch.zeros(1)]
-    [y] = run(DeformConv(**SINGLE, offset_group=1), inputs)
+    [y] = _run(inputs, kernel=(1, 1), convolution=SINGLE)
     torch.testing.assert_close(y, deform_conv(*inputs, **SINGLE), atol=1e-5, rtol=1e-5)
 
 
 def test_without_offsets_it_is_a_convolution() -> None:
     x, weight, offset, bias = _inputs((1, 6, 5, 6), 7)
-    [y] = run(DeformConv(**PLAIN, offset_group=1), [x, weight, torch.zeros_like(offset), bias])
+    [y] = _run([x, weight, torch.zeros_like(offset), bias])
     torch.testing.assert_close(y, F.conv2d(x, weight, bias, padding=1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("outputs", "channels", "kernel", "groups"), [(5, 6, (3, 2), 3), (130, 32, (1, 1), 1), (8, 34, (3, 3), 2)])
+def test_a_packed_weight_has_each_item_in_its_place_and_zeros(
+    outputs: int, channels: int, kernel: tuple[int, int], groups: int, dtype: npt.DTypeLike
+) -> None:
+    weight = np.arange(1, outputs * channels * math.prod(kernel) + 1).reshape(outputs, channels, *kernel).astype(dtype)
+    packed = pack_weight(weight, groups)
+    each, width = channels // groups, kernel[1]
+    assert packed.dtype == dtype and packed.shape[2] % 16 == 0 and np.count_nonzero(packed) == weight.size
+    for group, tap, channel, output in np.ndindex(groups, math.prod(kernel), each, outputs):
+        assert packed[group, tap, channel, output] == weight[output, group * each + channel, tap // width, tap % width]
+    torch.testing.assert_close(unpacked_weight(torch.from_numpy(packed), channels, outputs, kernel), torch.from_numpy(weight))
+
+
+def test_offsets_of_any_content_read_within_the_map() -> None:
+    """Memory of any content is what plugins are timed on while an engine is built."""
+    memory = torch.full((3, 4, 5, 6), math.nan)
+    memory[1] = 1.0
+    _, weight, offset, bias = _inputs((1, 4, 5, 6), 8)
+    offset[0, :, 0] = math.nan
+    offset[0, :, 2], offset[0, :, 3] = 3e38, -3e38
+    [y] = _run([memory[1:2], weight, offset, bias])
+    # A NaN offset gives NaN where its pixel is, and a place beyond the map 0.
+    assert y[:, :, 0].isnan().all() and y[:, :, 1:].isfinite().all()
+
+
 def test_no_instance_launches_nothing() -> None:
-    inputs = _inputs((0, 8, 6, 5), 4)
-    operator = DeformConv(**PLAIN, offset_group=1)
+    inputs = packed_inputs(_inputs((0, 8, 6, 5), 4))
+    operator = DeformConv(**PLAIN, kernel_shape=(3, 3), offset_group=1)
     [y] = run(operator, inputs)
     assert y.shape == (0, 4, 6, 5)
-    assert operator.launches([spec_of(tensor) for tensor in inputs], [spec_of(y)]) == []
+    [launch] = operator.launches([spec_of(tensor) for tensor in inputs], [spec_of(y)])
+    assert launch.grid[0] == 0
 
 
 @given(outputs=st.integers(1, 2000), half=st.booleans())
@@ -139,9 +179,9 @@ def test_tiles_hold_at_most_64_sums_a_thread_and_take_all_outputs_up_to_128(outp
 
 
 def test_the_number_of_instances_alone_may_be_unknown_when_an_engine_is_built() -> None:
-    specs = [spec_of(tensor) for tensor in _inputs((3, 8, 6, 5), 4)]
+    specs = [spec_of(tensor) for tensor in packed_inputs(_inputs((3, 8, 6, 5), 4))]
     varying = [TensorSpec((None, *spec.shape[1:]), spec.dtype) if index in (0, 2) else spec for index, spec in enumerate(specs)]
-    operator = DeformConv(**PLAIN, offset_group=1)
+    operator = DeformConv(**PLAIN, kernel_shape=(3, 3), offset_group=1)
     operator.check_inputs(varying)
     symbolic = [["n", *spec.shape[1:]] if index in (0, 2) else [*spec.shape] for index, spec in enumerate(specs)]
     assert operator.output_shapes(symbolic) == [["n", 4, 6, 5]]
@@ -160,26 +200,26 @@ def test_the_number_of_instances_alone_may_be_unknown_when_an_engine_is_built() 
             {0: (2, 8, 2**15, 2**15), 2: (2, 36, 2**15, 2**15), 4: (2, 18, 2**15, 2**15)},
             "x is 8 x 32768 x 32768 for an instance; give fewer than 2",
         ),
-        ({1: (4, 6, 3, 3)}, "weight is 4 x 6 x 3 x 3; give 4 x 8 x 3 x 3"),
-        ({1: (4, 8, 9, 9)}, "weight is 4 x 8 x 9 x 9; its taps do not fit"),
-        ({1: (4, 8, 3)}, "weight is 4 x 8 x 3; give 4 sizes"),
+        ({0: (2, 8, 2, 2), 1: (2, 81, 16, 8)}, "weight is 2 x 81 x 16 x 8; give 2 x 9 x 16 x 8"),
+        ({1: (4, 8, 3, 3)}, "weight is 4 x 8 x 3 x 3; give 2 x 9 x 16 x 8"),
+        ({1: (2, 9, 16)}, "weight is 2 x 9 x 16; give 4 sizes"),
         ({2: (2, 18, 6, 5)}, "offset is 2 x 18 x 6 x 5; give 2 x 36 x 6 x 5"),
         ({2: (3, 36, 6, 5)}, "offset is 3 x 36 x 6 x 5; give 2 x 36 x 6 x 5"),
-        ({3: (5,)}, "bias is 5; give 4"),
+        ({3: (9,)}, "weight is 2 x 9 x 16 x 8; give 2 x 9 x 16 x 16"),
         ({4: (2, 18, 5, 6)}, "mask is 2 x 18 x 5 x 6; give 2 x 18 x 6 x 5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change: dict[int, tuple[int | None, ...]], sentence: str) -> None:
-    specs = [spec_of(tensor) for tensor in _inputs((2, 8, 6, 5), 4, groups=2, modulated=True)]
-    DeformConv("conv1", **PLAIN, offset_group=2).check_inputs(specs)
+    specs = [spec_of(tensor) for tensor in packed_inputs(_inputs((2, 8, 6, 5), 4, groups=2, modulated=True), 2)]
+    DeformConv("conv1", **PLAIN, kernel_shape=(3, 3), offset_group=2).check_inputs(specs)
     changed = [TensorSpec(change.get(index, spec.shape), spec.dtype) for index, spec in enumerate(specs)]
     with pytest.raises(InputError, match=f"^conv1: DeformConv: {sentence}"):
-        DeformConv("conv1", **PLAIN, offset_group=2).check_inputs(changed)
+        DeformConv("conv1", **PLAIN, kernel_shape=(3, 3), offset_group=2).check_inputs(changed)
 
 
 def test_types_and_a_number_of_inputs_that_do_not_fit_are_refused() -> None:
-    specs = [spec_of(tensor) for tensor in _inputs((1, 4, 4, 4), 4)]
-    operator = DeformConv("conv1", **PLAIN, offset_group=1)
+    specs = [spec_of(tensor) for tensor in packed_inputs(_inputs((1, 4, 4, 4), 4))]
+    operator = DeformConv("conv1", **PLAIN, kernel_shape=(3, 3), offset_group=1)
     with pytest.raises(InputError, match="conv1: DeformConv: it has 3 inputs"):
         operator.check_inputs(specs[:3])
     with pytest.raises(InputError, match="conv1: DeformConv: offset is float16"):
@@ -191,6 +231,7 @@ def test_types_and_a_number_of_inputs_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
+        {"kernel_shape": (3,)},
         {"strides": (1,)},
         {"strides": (0, 1)},
         {"dilations": (1, -1)},
@@ -203,7 +244,7 @@ def test_types_and_a_number_of_inputs_that_do_not_fit_are_refused() -> None:
 )
 def test_attributes_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^conv1: DeformConv: {next(iter(wrong))} is "):
-        DeformConv("conv1", **{**PLAIN, "offset_group": 1, **wrong})
+        DeformConv("conv1", **{**PLAIN, "kernel_shape": (3, 3), "offset_group": 1, **wrong})
 
 
 @pytest.mark.gpu
@@ -211,7 +252,7 @@ def test_attributes_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> Non
 @pytest.mark.parametrize(("channels", "size"), [(256, 14), (128, 28), (64, 56), (32, 112), (32, 28), (16, 56), (8, 112)])
 def test_the_models_shapes_agree_with_torchvision_on_a_gpu(channels: int, size: int, dtype: torch.dtype) -> None:
     inputs = [tensor.cuda() for tensor in _inputs((5, channels, size, size), channels, dtype=dtype)]
-    [y] = run(DeformConv(**PLAIN, offset_group=1), inputs)
+    [y] = _run(inputs)
     expected = deform_conv(*(tensor.float() for tensor in inputs), **PLAIN)
     if dtype == torch.float16:
         assert ((y.float() - expected).abs() <= _half_bound(inputs, expected, PLAIN)).all()

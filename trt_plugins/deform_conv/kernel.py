@@ -8,33 +8,6 @@ import triton.language as tl
 
 
 @triton.jit
-def pack_weight(
-    weight,
-    packed,
-    OUTPUTS: tl.constexpr,
-    TAPS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    PADDED_CHANNELS: tl.constexpr,
-    PADDED_OUTPUTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Reorder `[OUTPUTS, GROUPS, GROUP_CHANNELS, TAPS]` to `[GROUPS, TAPS, PADDED_CHANNELS, PADDED_OUTPUTS]`, zeros in the padding.
-
-    Unpacked, consecutive channels of a tap are TAPS items apart; packed, `deform_conv` loads its tiles 16 bytes at a time.
-    """
-    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    output = item % PADDED_OUTPUTS
-    channel = item // PADDED_OUTPUTS % PADDED_CHANNELS
-    tap = item // (PADDED_OUTPUTS * PADDED_CHANNELS) % TAPS
-    group = item // (PADDED_OUTPUTS * PADDED_CHANNELS * TAPS)
-    source = ((output * GROUPS + group) * GROUP_CHANNELS + channel) * TAPS + tap
-    known = (output < OUTPUTS) & (channel < GROUP_CHANNELS)
-    value = tl.load(weight + source, mask=known & (group < GROUPS), other=0.0)
-    tl.store(packed + item, value, mask=group < GROUPS)
-
-
-@triton.jit
 def deform_conv(
     x,
     packed,

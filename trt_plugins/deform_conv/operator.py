@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, Workspace, power_of_two
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import InputError
+from trt_plugins.operator import TRITON_TYPES, Attribute, Buffer, DType, KernelSpec, Launch, Operator, TensorSpec, power_of_two
 
 INPUTS = ("x", "weight", "offset", "bias", "mask")
 MODULE = "trt_plugins.deform_conv.kernel"
 BLOCK_C = 16
 """Channels sampled at a time: the minimum of a tensor core. More channels need more registers, and leave fewer warps to hide loads."""
-PACK_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,36 @@ def tiling(outputs: int, dtype: DType) -> Tiling:
     return Tiling(block_p=128 if block_o <= 64 else 64, block_o=block_o, num_warps=8 if block_o > 128 else 4)
 
 
+def pack_weight(weight: npt.NDArray[Any], groups: int) -> npt.NDArray[Any]:
+    """Weight `[O, C, kh, kw]` to the operator's `[groups, kh * kw, padded C / groups, padded O]`, of the same type, zeros in the padding.
+
+    In a standard weight, consecutive channels of a tap are kh * kw items apart; packed, the kernel loads its tiles 16 bytes at a time.
+
+    Raises:
+        InputError: C is no multiple of `groups`.
+    """
+    outputs, channels, height, width = weight.shape
+    if channels % groups:
+        raise InputError(f"a weight of {channels} channels has no {groups} groups; give a divisor of the channels.")
+    padded_channels, padded_outputs = _padded(channels // groups, outputs, cast(DType, weight.dtype.name))
+    packed = np.zeros((groups, height * width, padded_channels, padded_outputs), weight.dtype)
+    taps = weight.reshape(outputs, groups, channels // groups, height * width)
+    packed[:, :, : channels // groups, :outputs] = taps.transpose(1, 3, 2, 0)
+    return packed
+
+
+def _padded(group_channels: int, outputs: int, dtype: DType) -> tuple[int, int]:
+    """A group's channels and all outputs, rounded up to whole blocks."""
+    block_o = tiling(outputs, dtype).block_o
+    return -(-group_channels // BLOCK_C) * BLOCK_C, -(-outputs // block_o) * block_o
+
+
 class DeformConv(Operator):
     """Deformable convolution, version 1 (Dai et al., ICCV 2017) or 2, with a mask (Zhu et al., CVPR 2019), and an optional ReLU.
 
-    Inputs, all float32 or all float16: x `[n, C, H, W]`, H and W at least 2; weight `[O, C, kh, kw]`; offset `[n, 2 * G * kh * kw, Ho, Wo]`
-    in pixels of x, (dy, dx) for each tap in row order, as torchvision's; bias `[O]`; for version 2 mask `[n, G * kh * kw, Ho, Wo]`.
-    Output: y `[n, O, Ho, Wo]` of the same type. Only n, which may be 0, may vary from run to run.
+    Inputs, all float32 or all float16: x `[n, C, H, W]`, H and W at least 2; the result of `pack_weight` for the weight `[O, C, kh, kw]`;
+    offset `[n, 2 * G * kh * kw, Ho, Wo]` in pixels of x, (dy, dx) for each tap in row order, as torchvision's; bias `[O]`; for version 2
+    mask `[n, G * kh * kw, Ho, Wo]`. Output: y `[n, O, Ho, Wo]` of the same type. Only n, which may be 0, may vary from run to run.
 
     A sample between pixels is interpolated bilinearly, with zeros beyond the border (torchvision.ops.deform_conv2d). Positions, blending
     and sums are float32; in float16, samples are rounded before they are multiplied. x must be finite: the border's pixels are
@@ -50,6 +77,7 @@ class DeformConv(Operator):
 
     name = "DeformConv"
     attributes = (
+        Attribute("kernel_shape", "ints"),
         Attribute("strides", "ints"),
         Attribute("pads", "ints"),
         Attribute("dilations", "ints"),
@@ -64,7 +92,7 @@ class DeformConv(Operator):
         Raises:
             InputError: names the node and the attribute.
         """
-        for name in ("strides", "dilations"):
+        for name in ("kernel_shape", "strides", "dilations"):
             if len(self.values[name]) != 2 or min(self.values[name]) < 1:
                 raise self.refuse(f"{name} is {self.values[name]}; give two sizes of at least 1")
         pads = self.values["pads"]
@@ -82,21 +110,22 @@ class DeformConv(Operator):
             InputError: names the node and the input.
         """
         self._check_kinds(inputs)
-        x, weight = inputs[:2]
+        x, weight, _, bias = inputs[:4]
         n, channels, height, width = x.shape
-        outputs, _, *kernel = weight.shape
+        outputs = bias.size(0)
         groups = self.values["offset_group"]
         if min(x.size(2), x.size(3)) < 2:
             raise self.refuse(f"x is {_text(x.shape)}; give at least 2 rows and 2 columns")
         if x.size(1) % groups:
             raise self.refuse(f"x has {channels} channels; give a multiple of offset_group {groups}")
-        out_height, out_width = self._out_size(x, weight)
+        out_height, out_width = self._out_size(x)
         if min(out_height, out_width) < 1:
-            raise self.refuse(f"weight is {_text(weight.shape)}; its taps do not fit into x {_text(x.shape)} with its pads")
-        taps = groups * weight.size(2) * weight.size(3)
+            kernel = _text(self.values["kernel_shape"])
+            raise self.refuse(f"kernel_shape is {kernel}; the taps do not fit into x {_text(x.shape)} with its pads")
+        taps = groups * self._taps
         expected = {
             "x": (n, channels, height, width),
-            "weight": (outputs, channels, *kernel),
+            "weight": (groups, self._taps, *_padded(x.size(1) // groups, outputs, x.dtype)),
             "offset": (n, 2 * taps, out_height, out_width),
             "bias": (outputs,),
             "mask": (n, taps, out_height, out_width),
@@ -130,32 +159,27 @@ class DeformConv(Operator):
     def output_shapes(self, inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """y is `[n, O, Ho, Wo]`."""
         n, _, height, width = inputs[2]
-        return [[n, inputs[1][0], height, width]]
+        return [[n, inputs[3][0], height, width]]
 
     def kernels(self, inputs: Sequence[TensorSpec]) -> list[KernelSpec]:
-        """`pack_weight`, then `deform_conv`."""
+        """One, for all numbers of instances."""
         kind = "*" + TRITON_TYPES[inputs[0].dtype]
-        outputs, channels, kernel_height, kernel_width = (inputs[1].size(axis) for axis in range(4))
-        groups, taps, padded_channels, padded_outputs = self._packed_shape(inputs)
+        outputs, groups = inputs[3].size(0), self.values["offset_group"]
         tile = tiling(outputs, inputs[0].dtype)
-        shared = (
+        constants = (
             ("OUTPUTS", outputs),
             ("GROUPS", groups),
-            ("GROUP_CHANNELS", channels // groups),
-            ("PADDED_CHANNELS", padded_channels),
-            ("PADDED_OUTPUTS", padded_outputs),
-        )
-        pack = KernelSpec(MODULE, "pack_weight", (("weight", kind), ("packed", kind)), (*shared, ("TAPS", taps), ("BLOCK", PACK_BLOCK)))
-        constants = (
-            *shared,
+            ("GROUP_CHANNELS", inputs[0].size(1) // groups),
+            ("PADDED_CHANNELS", inputs[1].size(2)),
+            ("PADDED_OUTPUTS", inputs[1].size(3)),
             ("MODULATED", len(inputs) == 5),
             ("RELU", bool(self.values["relu"])),
             ("HEIGHT", inputs[0].size(2)),
             ("WIDTH", inputs[0].size(3)),
             ("OUT_HEIGHT", inputs[2].size(2)),
             ("OUT_WIDTH", inputs[2].size(3)),
-            ("KERNEL_HEIGHT", kernel_height),
-            ("KERNEL_WIDTH", kernel_width),
+            ("KERNEL_HEIGHT", self.values["kernel_shape"][0]),
+            ("KERNEL_WIDTH", self.values["kernel_shape"][1]),
             ("STRIDE_Y", self.values["strides"][0]),
             ("STRIDE_X", self.values["strides"][1]),
             ("PAD_Y", self.values["pads"][0]),
@@ -167,46 +191,28 @@ class DeformConv(Operator):
             ("BLOCK_P", tile.block_p),
         )
         signature = tuple((name, kind) for name in ("x", "packed", "offset", "bias", "mask", "y"))
-        return [pack, KernelSpec(MODULE, "deform_conv", signature, constants, tile.num_warps, num_stages=1)]
-
-    def workspace(self, inputs: Sequence[TensorSpec]) -> Workspace:
-        """The packed weight."""
-        workspace = Workspace()
-        workspace.take("weight", math.prod(self._packed_shape(inputs)), inputs[0].dtype)
-        return workspace
+        return [KernelSpec(MODULE, "deform_conv", signature, constants, tile.num_warps, num_stages=1)]
 
     def launches(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[Launch]:
-        """Pack the weight, then convolve; no launches without instances."""
+        """One launch, with a program for each tile of pixels and block of outputs of each instance."""
         n, channels, height, width = (outputs[0].size(axis) for axis in range(4))
-        if n == 0:
-            return []
-        pack, convolve = self.kernels(inputs)
-        packed = self.workspace(inputs).parts["weight"]
-        items = math.prod(self._packed_shape(inputs))
         tile = tiling(channels, inputs[0].dtype)
         grid = (n * -(-height * width // tile.block_p), -(-channels // tile.block_o), 1)
-        x, weight, offset, bias = (Buffer("input", index) for index in range(4))
         # Version 1 has no mask: the kernel gets a pointer that it does not read.
         mask = Buffer("input", len(inputs) - 1)
-        return [
-            Launch(pack, (-(-items // PACK_BLOCK), 1, 1), (weight, packed)),
-            Launch(convolve, grid, (x, packed, offset, bias, mask, Buffer("output"))),
-        ]
+        pointers = (*(Buffer("input", index) for index in range(4)), mask, Buffer("output"))
+        return [Launch(self.kernels(inputs)[0], grid, pointers)]
 
-    def _out_size(self, x: TensorSpec, weight: TensorSpec) -> tuple[int, int]:
-        strides, pads, dilations = (self.values[name] for name in ("strides", "pads", "dilations"))
+    @property
+    def _taps(self) -> int:
+        return math.prod(self.values["kernel_shape"])
+
+    def _out_size(self, x: TensorSpec) -> tuple[int, int]:
+        kernel, strides, pads, dilations = (self.values[name] for name in ("kernel_shape", "strides", "pads", "dilations"))
         height, width = (
-            (x.size(axis) + 2 * pads[axis - 2] - dilations[axis - 2] * (weight.size(axis) - 1) - 1) // strides[axis - 2] + 1
-            for axis in (2, 3)
+            (x.size(axis + 2) + 2 * pads[axis] - dilations[axis] * (kernel[axis] - 1) - 1) // strides[axis] + 1 for axis in (0, 1)
         )
         return height, width
-
-    def _packed_shape(self, inputs: Sequence[TensorSpec]) -> tuple[int, int, int, int]:
-        """Groups, taps, channels of a group and outputs; the last two are rounded up to whole blocks."""
-        outputs, channels, height, width = (inputs[1].size(axis) for axis in range(4))
-        groups = self.values["offset_group"]
-        block_o = tiling(outputs, inputs[0].dtype).block_o
-        return groups, height * width, -(-channels // groups // BLOCK_C) * BLOCK_C, -(-outputs // block_o) * block_o
 
 
 def _text(shape: Sequence[int | None]) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
+from trt_plugins.deform_conv.operator import pack_weight
+
 
 def deform_conv(
     x: Tensor,
@@ -27,3 +29,15 @@ def deform_conv(
     stride, padding, dilation = (strides[0], strides[1]), (pads[0], pads[1]), (dilations[0], dilations[1])
     y = deform_conv2d(x.float(), offset.float(), weight.float(), bias.float(), stride, padding, dilation, modulation)
     return (torch.relu(y) if relu else y).to(x.dtype)
+
+
+def packed_inputs(inputs: Sequence[Tensor], groups: int = 1) -> list[Tensor]:
+    """The inputs of `DeformConv` from those of `deform_conv`, of which only the weight differs."""
+    x, weight, *rest = inputs
+    return [x, torch.from_numpy(pack_weight(weight.detach().cpu().numpy(), groups)).to(weight.device), *rest]
+
+
+def unpacked_weight(packed: Tensor, channels: int, outputs: int, kernel_shape: Sequence[int]) -> Tensor:
+    """The weight `[O, C, kh, kw]` that `pack_weight` packed."""
+    taps = packed[:, :, : channels // len(packed), :outputs]
+    return taps.permute(3, 0, 2, 1).reshape(outputs, channels, *kernel_shape)
