@@ -285,7 +285,7 @@ def _file_entry(path: Path) -> FileEntry:
 
 
 def check_replaceable(path: Path) -> None:
-    """Whether a bundle can be made at `path`, before the work of making it.
+    """Check that a bundle can be written at `path`, before any work is done.
 
     Raises:
         InputError: something other than a bundle or an empty folder stands there, or its folder cannot be made or written.

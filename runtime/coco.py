@@ -207,7 +207,7 @@ class CocoData:
         return [line for line in lines if line]
 
     def _require_usable(self) -> CocoData:
-        """This data set.
+        """The data set itself, if it has usable annotations or none at all.
 
         Raises:
             InputError: the file has annotations, and all are left out.

@@ -32,7 +32,7 @@ _BAD_PLACE = {
     errno.EPERM: "no permission",
     errno.EROFS: "the file system is read-only",
 }
-"""Errors of a path that was chosen wrongly, and the sentence's words for them: another path would do."""
+"""Errors that another path would avoid, and their words in a sentence."""
 _WAY_OUT = {
     errno.EDQUOT: "free some space or choose another disk",
     errno.EFBIG: "choose another disk or raise the limit (ulimit -f)",
@@ -42,7 +42,7 @@ _WAY_OUT = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EPIPE: "its reader has gone: keep it running to the end",
 }
-"""What helps against errors of writing itself."""
+"""The way out for errors of writing itself."""
 _NAME_CHARACTERS = 40
 """Characters of the destination's name kept in a partial file's name: at most 4 bytes each, so that no name exceeds 255 bytes."""
 _COPY_BYTES = 1 << 20
@@ -215,7 +215,7 @@ def is_special(path: str | os.PathLike[str]) -> bool:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that cannot be made or written, before long work that would end in it; nothing is made.
+    """Refuse a folder that cannot be made or written, before any work is done; nothing is created.
 
     Raises:
         InputError: names what stands in the way.
@@ -230,7 +230,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is for; nothing is made.
+    """Refuse a file that cannot be written, before any work is done; nothing is created.
 
     Raises:
         InputError: it is a folder, its folder cannot be made or written, its name is too long, or it may not be overwritten.
@@ -250,7 +250,7 @@ def check_file(path: Path) -> None:
 
 
 def check_apart(written: Iterable[Path], read: Iterable[Path] = ()) -> None:
-    """Refuse to write what is read, or two files to one place; several outputs may share a device, pipe or descriptor.
+    """Refuse an output that is also an input, and two outputs at one place; several may share a device, pipe or descriptor.
 
     Raises:
         InputError: names the path.
@@ -290,7 +290,7 @@ def _natural_key(name: str) -> list[str | int]:
 
 
 def user_cache(name: str) -> Path:
-    """The folder, perhaps not made yet, for what only saves time and may be deleted: `~/.cache/dynamask/<name>` (`XDG_CACHE_HOME`).
+    """The folder for files that only save time and may be deleted: `~/.cache/dynamask/<name>` (`XDG_CACHE_HOME`); it may not exist yet.
 
     A user without a home folder has it among the temporary files (`runtime.environment`).
     """
@@ -308,7 +308,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """Of the file that a path leads to, links followed; None where there is none."""
+    """The status of the file that a path leads to, links followed; None if there is none."""
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -316,7 +316,7 @@ def _status(path: Path) -> os.stat_result | None:
 
 
 def _create_partial(folder: Path, name: str) -> Path:
-    """Make an empty file that nobody else has, with the mode that new files have, in a name that says what it is for."""
+    """Create an empty file with the mode of new files. Its name holds the destination's, and no other file has it."""
     suffix = Path(name).suffix if len(Path(name).suffix) <= 10 else ""
     stem = name.removesuffix(suffix)[:_NAME_CHARACTERS]
     while True:
@@ -340,7 +340,7 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _open_special(path: Path) -> BinaryIO:
-    """Open what stands at a path for writing, from the start if it is a file. A descriptor goes on where it is."""
+    """Open a device, pipe or descriptor for writing. A file is written from its start, a descriptor from its position."""
     number = _descriptor(path)
     if number is not None:
         # Text that was printed comes before, not amid it.

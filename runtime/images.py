@@ -29,7 +29,7 @@ _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM"
 _ANIMATED = ("AVIF", "GIF", "PNG", "WEBP")
 """Formats whose frames are one picture in motion; the pages of a TIFF are not."""
 _RAW_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw", ".x3f"})
-"""Of cameras' raw files: many are TIFFs, and what Pillow would find in them is a thumbnail."""
+"""Suffixes of cameras' raw files. Many are TIFFs, in which Pillow finds only a thumbnail."""
 _MIRRORED = {2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
 """EXIF orientation -> whether rows and whether columns are to be reversed; from 5 on after they were exchanged."""
 _ORIENTATION, _BITS_PER_SAMPLE, _DNG_VERSION = 0x0112, 0x0102, 0xC612
@@ -284,7 +284,7 @@ def _png_without_texts(path: Path) -> BinaryIO:
 
 
 def _to_rgb(path: Path, image: Image.Image) -> Array:
-    """`[H, W, 3] uint8`, a strip of rows after another: the conversions of a large image do not all stand in memory at once."""
+    """`[H, W, 3] uint8`, one strip of rows after another, so that the memory never holds all conversions of a large image."""
     rows = max(1, _STRIP_PIXELS // image.width)
     if image.height <= rows:
         return _strip_to_rgb(path, image)

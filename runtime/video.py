@@ -93,7 +93,7 @@ class VideoSource(OpenedOnFirstFrame):
                     yield packet
                 return
             except (av.FFmpegError, OSError):
-                # What stands before and after is still used; what is absent at the end is counted as missing.
+                # Frames before and after the damage are used; frames absent at the end are counted as missing.
                 faults += 1
                 self.broken += faults == 1
         yield av.Packet()
