@@ -36,9 +36,17 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"{gpu['name']}: {gpu['memory_mib']} MiB, driver {gpu['driver']}, compute capability {gpu['compute_capability']}")
     if not result["gpus"]:
         console.print("no NVIDIA GPU found")
+    for name, model in result["models"].items():
+        console.print(f"model {name}: {_model(model)}", soft_wrap=True)
     table = Table()
     for column in ("target", "version", "runs here", "notes"):
         table.add_column(column)
     for name, target in result["targets"].items():
         table.add_row(name, target["version"] or "–", "yes" if target["available"] else "no", target["note"], end_section=True)
     console.print(table)
+
+
+def _model(model: dict[str, Any]) -> str:
+    if not model["checkpoint"]:
+        return "not in this installation"
+    return f"its bundle is {model['bundle']}" if model["made"] else f"its bundle will be made on first use, as {model['bundle']}"

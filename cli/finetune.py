@@ -93,7 +93,7 @@ def run_finetune(
     """
     started = time.monotonic()
     _check(output, minutes)
-    from dynamask.carried import carried_checkpoint
+    from runtime.carried import carried_checkpoint
 
     source = weights or str(carried_checkpoint("everyday"))
 

@@ -28,7 +28,12 @@ def check_file(path: Path | None) -> Path | None:
 
 
 BundleFolder = Annotated[
-    Path, typer.Argument(metavar="BUNDLE", help="The model: a folder from dynamask export, with an engine from dynamask build-engine.")
+    Path,
+    typer.Argument(
+        metavar="BUNDLE",
+        help="The model: a folder from dynamask finetune, or from dynamask export and build-engine; or everyday, the model of everyday "
+        "things that comes with the package.",
+    ),
 ]
 Target = Annotated[
     str,

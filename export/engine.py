@@ -94,7 +94,7 @@ def build_engine(
     else:
         entry, details = _build_tensorrt(opened, target, precision, capabilities, profile, progress)
     return {
-        "engine": str(Path(bundle, "engines", target)),
+        "engine": str(opened.path / "engines" / target),
         "bytes": sum(file.bytes for file in entry.files.values()),
         "seconds": time.perf_counter() - start,
         "target": target,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from runtime.carried import bundle_folder
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, sha256, unwritable, write_json
 from runtime.graph import GRIDS
@@ -145,10 +146,14 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Bundle:
         """Open a bundle. With `verify` the model is compared with its hash; the files of an engine are compared in `engine`.
 
+        Args:
+            path: its folder, or the name of a model that comes with the package (`runtime.carried.CHECKPOINTS`): `everyday`.
+            verify: compare the model with its hash.
+
         Raises:
             InputError: the folder or a file is missing, the manifest is damaged or of a newer schema, or a file has another size or hash.
         """
-        path = Path(path)
+        path = bundle_folder(path)
         bundle = cls(path, _read_manifest(path))
         bundle._check(bundle.manifest.files, verify)
         return bundle

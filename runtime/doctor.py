@@ -8,6 +8,7 @@ import platform
 import subprocess
 from typing import Any
 
+from runtime.carried import models
 from runtime.errors import InputError
 from runtime.machine import processor, usable_cores
 from runtime.targets.registry import TARGETS, find_target
@@ -21,8 +22,9 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `dynamask` (version), `machine` (`python`, `system`, `cpu`, `cores` usable by this process, `memory_gib` or None), `gpus` (list of
-        `name`, `memory_mib`, `driver`, `compute_capability`) and `targets`: name -> `available`, `version` or None, `note` (one sentence:
-        its use here, or how to install it); `onnxruntime` also has `providers` and `deform_conv` (does it run that operator? None
+        `name`, `memory_mib`, `driver`, `compute_capability`), `models` (that come with the package, as `runtime.carried.models` gives
+        them) and `targets`: name -> `available`, `version` or None, `note` (one sentence: its use here, or how to install it);
+        `onnxruntime` also has `providers` and `deform_conv` (does it run that operator? None
         where onnx, with which engines are built, is not installed).
     """
     return {
@@ -35,6 +37,7 @@ def examine() -> dict[str, Any]:
             "memory_gib": _memory_gib(),
         },
         "gpus": find_gpus(),
+        "models": models(),
         "targets": {**{target: _status(target) for target in TARGETS}, "torch": _torch()},
     }
 

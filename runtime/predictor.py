@@ -26,7 +26,7 @@ def load(
     """Open a bundle and load its engine.
 
     Args:
-        bundle: its folder, or an opened one.
+        bundle: its folder, the name of a model that comes with the package (`everyday`), or an opened one.
         target: `onnxruntime`, `tensorrt-rtx` or `tensorrt`; `auto` takes the best one that is built and runs here.
         budget_gmacs: the largest mean cost of an instance's mask, in GMAC; None or 0 sets no limit. The bundle's manifest has the cost
             of each grid (`predictor.bundle.manifest.grid_gmacs`).
