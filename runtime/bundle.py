@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.carried import bundle_folder
+from runtime.costs import MeasuredCosts
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, sha256, unwritable, write_json
 from runtime.graph import GRIDS
@@ -92,6 +93,8 @@ class EngineEntry(_Strict):
     """Name and version of the libraries that built it."""
     profile: Profile | None = None
     """None: one image on the bundle's canvas."""
+    costs: MeasuredCosts | None = None
+    """Measured times on one machine (`dynamask calibrate`); None where none were measured."""
 
 
 class Manifest(_Strict):
@@ -237,6 +240,16 @@ class Bundle:
             )
         self._check(entry.files, verify, f"build it again with dynamask build-engine {self.path} --target {target}.")
         return entry
+
+    def set_costs(self, target: str, costs: MeasuredCosts) -> None:
+        """Keep the measured times of the engine for a target; they replace earlier ones.
+
+        Raises:
+            InputError: no engine was built for it.
+            DynaMaskError: the disk is full or the folder cannot be written; the manifest stays as it was.
+        """
+        entry = self.engine(target, verify=False).model_copy(update={"costs": costs})
+        self._set_engines({**self.manifest.engines, target: entry})
 
     def _set_engines(self, engines: dict[str, EngineEntry]) -> None:
         manifest = self.manifest.model_copy(update={"engines": engines})
