@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads
+from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads, check_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,14 @@ def predict(
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write annotated images here, as PNG."),
+    ] = None,
+    coco: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Write the instances here as annotations in COCO format, polygons: CVAT and Label Studio import them.",
+            callback=check_file,
+        ),
     ] = None,
     grid: Grid = "routed",
     score: Score = 0.3,
@@ -45,16 +53,18 @@ def predict(
     from runtime.errors import InputError
     from runtime.files import check_apart, check_folder, write_json
     from runtime.policies import parse_policy
+    from runtime.pre_annotations import coco_annotations, coco_file
     from runtime.predictor import load
 
     files = _image_files(images)[:limit]
     pictures = [] if output is None else [_picture(output, path, number, files) for number, path in enumerate(files)]
-    check_apart([*pictures, *([] if json is None else [json])], files)
+    check_apart([*pictures, *(path for path in (json, coco) if path is not None)], files)
     if output is not None:
         check_folder(output)
     opened = Bundle.open(bundle)
     policy = parse_policy(grid, opened.manifest.grid_gmacs)
     records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     with load(opened, target, policy.budget_gmacs, threads) as predictor:
         readable = _read(files, failures)
@@ -62,12 +72,16 @@ def predict(
             found = predictor.batch([image for *_, image in group], grid_override=policy.grid_override, min_score=score)
             for (number, path, image), instances in zip(group, found, strict=True):
                 records.append(_record(number, path, instances))
+                if coco is not None:
+                    annotations += coco_annotations(instances, number + 1, len(annotations) + 1)
                 if output is not None:
                     _draw(pictures[number], image, instances)
                 typer.echo(_sentence(path, instances))
         result = {"bundle": str(bundle), "target": predictor.engine.target, "images": records, "failures": failures}
     if json is not None:
         write_json(json, result | {"classes": _classes(opened)})
+    if coco is not None:
+        write_json(coco, coco_file(_coco_images(records), annotations, opened.manifest.classes))
     if failures:
         raise typer.Exit(InputError.exit_status)
 
@@ -108,6 +122,16 @@ def _record(number: int, path: Path, instances: Instances) -> dict[str, Any]:
         "times_ms": instances.times_ms,
         "detections": instances.to_coco(number),
     }
+
+
+def _coco_images(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The images of a COCO file. Labelling tools know photos by their names; two of the same name have their whole paths."""
+    names = [Path(record["file_name"]).name for record in records]
+    images = []
+    for record, name in zip(records, names, strict=True):
+        shown = name if names.count(name) == 1 else record["file_name"]
+        images.append({"id": record["id"] + 1, "file_name": shown, "height": record["height"], "width": record["width"]})
+    return images
 
 
 def _classes(bundle: Bundle) -> list[dict[str, Any]]:
