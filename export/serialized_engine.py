@@ -134,6 +134,9 @@ class _Builder:
             config.clear_flag(trt.BuilderFlag.TF32)
             # One stream only: TensorRTEngine relies on the order of events and kernels in it.
             config.max_aux_streams = 0
+            if driver is not None:
+                # Plugins are timed on this stream. pycuda cannot launch on one that TensorRT makes.
+                config.profile_stream = driver.create_stream()
             # Where nothing varies too: without a profile TensorRT creates no execution context for a graph with data-dependent sizes.
             profile = builder.create_optimization_profile()
             for name, shapes in ranges.items():

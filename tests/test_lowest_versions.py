@@ -17,8 +17,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-NOT_INSTALLED = {"tensorrt-cu13", "pycuda"}
-"""Packages of the extras `tensorrt` and `jetson`."""
+NOT_INSTALLED = {"tensorrt-cu13"}
+"""The package of the extra `tensorrt`."""
 
 
 def requirements(project: dict[str, Any]) -> list[Requirement]:

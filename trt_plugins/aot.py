@@ -28,7 +28,10 @@ from runtime.errors import DynaMaskError, InputError
 from runtime.files import atomic_path, user_cache
 from trt_plugins.kernels import COMPUTE_CAPABILITIES, CompiledKernel, KernelLibrary
 from trt_plugins.operator import KernelSpec
+from trt_plugins.tensorrt import version_numbers
 
+MINIMUM_TRITON = (3, 5)
+"""Kernels of earlier ones take one pointer to scratch memory in place of two."""
 MAX_PROCESSES = 8
 """A worker holds about 300 MB."""
 
@@ -50,7 +53,7 @@ def compile_kernels(
         cache: a folder; None is `dynamask/kernels` in the user's cache folder.
 
     Raises:
-        InputError: Triton is not installed.
+        InputError: Triton is not installed, or too old.
         DynaMaskError: a kernel does not compile (names it and the compute capability), or the cache cannot be written.
     """
     folder = cache or user_cache("kernels")
@@ -210,6 +213,9 @@ def _digest(spec: KernelSpec, capability: str) -> str:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         raise InputError("Compiling kernels needs Triton, which is not installed; run pip install triton.") from None
+    if version_numbers(triton) < MINIMUM_TRITON:
+        required = ".".join(map(str, MINIMUM_TRITON))
+        raise InputError(f"Compiling kernels needs Triton {required} or later, not {triton}; run pip install --upgrade triton.")
     sources = [Path(__file__).read_bytes(), *_sources(spec.module)]
     fields = [spec.key, capability, triton, *(hashlib.sha256(source).hexdigest() for source in sources)]
     return hashlib.sha256("\n".join(fields).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """The part of the CUDA driver API that an engine needs: memory, copies, streams, events and kernels on the first visible GPU.
 
-Two Python packages give access to it: cuda-python (`cuda.bindings`), and pycuda, which is common on a Jetson.
+It is called through its own library, with no Python package between. Where the library is not on the loader's path, pycuda may find it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from runtime.errors import DynaMaskError, InputError
 Bytes = npt.NDArray[np.uint8]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+LIBRARY = "libcuda.so.1"
 POOL_BYTES = 512 << 20
 """Freed memory that the device's memory pool keeps. Its default is to keep none: TensorRT's mask branch, whose sizes depend on the image,
 would then allocate memory from the operating system again in every frame."""
@@ -41,7 +42,7 @@ class Memory(NamedTuple):
 class Driver(Protocol):
     """The first visible GPU in its primary context, which TensorRT uses too.
 
-    Addresses and streams are plain integers, as TensorRT takes them; events and kernels are objects of the Python package.
+    Addresses and streams are plain integers, as TensorRT takes them; events and kernels are objects of the implementation.
     Call everything but `current` inside `with driver.current()`, from one thread at a time. A call that fails raises `DynaMaskError`
     with the name of the CUDA function.
     """
@@ -108,21 +109,20 @@ class Driver(Protocol):
 
 
 def open_driver() -> Driver:
-    """The driver, through the package that is installed; cuda-python if both are.
+    """The driver, through its library or, where the library is not on the loader's path, through pycuda.
 
     Raises:
-        InputError: neither is installed, or there is no NVIDIA driver or no GPU.
+        InputError: there is no NVIDIA driver, it is too old, or there is no GPU.
     """
-    packages: list[tuple[str, Callable[[ModuleType], Driver]]] = [("cuda.bindings.driver", CudaPython), ("pycuda.driver", PyCuda)]
-    for name, driver in packages:
+    try:
+        library = ctypes.CDLL(LIBRARY)
+    except OSError as error:
         try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-        except ImportError as error:  # pycuda is linked with the driver's library.
-            raise _no_gpu(str(error)) from error
-        return driver(module)
-    raise InputError("TensorRT's engines run through cuda-python, which is not installed; run pip install cuda-bindings (Jetson: pycuda).")
+            module = importlib.import_module("pycuda.driver")
+        except ImportError:  # Not installed, or it does not find the library either.
+            raise _no_gpu(f"its library {LIBRARY} does not load: {error}") from error
+        return PyCuda(module)
+    return LibCuda(library)
 
 
 def _no_gpu(reason: str) -> InputError:
@@ -157,122 +157,186 @@ class _Owner:
         self._destroy(self.handle)
 
 
-class CudaPython:
-    """`Driver` by cuda-python's `cuda.bindings.driver`."""
+_POINTER, _ADDRESS, _INT, _UINT = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_uint
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cuInit": (_UINT,),
+    "cuGetErrorName": (_INT, _POINTER),
+    "cuGetErrorString": (_INT, _POINTER),
+    "cuDeviceGet": (_POINTER, _INT),
+    "cuDeviceGetName": (_POINTER, _INT, _INT),
+    "cuDeviceGetAttribute": (_POINTER, _INT, _INT),
+    "cuDeviceGetDefaultMemPool": (_POINTER, _INT),
+    "cuMemPoolSetAttribute": (_POINTER, _INT, _POINTER),
+    "cuDevicePrimaryCtxRetain": (_POINTER, _INT),
+    "cuCtxPushCurrent_v2": (_POINTER,),
+    "cuCtxPopCurrent_v2": (_POINTER,),
+    "cuMemGetInfo_v2": (_POINTER, _POINTER),
+    "cuMemAlloc_v2": (_POINTER, ctypes.c_size_t),
+    "cuMemFree_v2": (_ADDRESS,),
+    "cuMemHostAlloc": (_POINTER, ctypes.c_size_t, _UINT),
+    "cuMemFreeHost": (_POINTER,),
+    "cuMemcpyHtoDAsync_v2": (_ADDRESS, _POINTER, ctypes.c_size_t, _POINTER),
+    "cuMemcpyDtoHAsync_v2": (_POINTER, _ADDRESS, ctypes.c_size_t, _POINTER),
+    "cuStreamCreate": (_POINTER, _UINT),
+    "cuStreamDestroy_v2": (_POINTER,),
+    "cuStreamSynchronize": (_POINTER,),
+    "cuEventCreate": (_POINTER, _UINT),
+    "cuEventRecord": (_POINTER, _POINTER),
+    "cuEventElapsedTime": (_POINTER, _POINTER, _POINTER),
+    "cuEventDestroy_v2": (_POINTER,),
+    "cuModuleLoadData": (_POINTER, _POINTER),
+    "cuModuleGetFunction": (_POINTER, _POINTER, ctypes.c_char_p),
+    "cuModuleUnload": (_POINTER,),
+    "cuFuncSetAttribute": (_POINTER, _INT, _INT),
+    "cuLaunchKernel": (_POINTER, *[_UINT] * 7, _POINTER, _POINTER, _POINTER),
+}
+"""The functions that are called, by the names that every driver since CUDA 11.2 exports, and the types of their arguments. Each returns a
+status. cuda-python asks for the newest form of each function instead, which older drivers do not have."""
+_MULTIPROCESSOR_MAJOR, _MULTIPROCESSOR_MINOR, _MEMORY_POOLS_SUPPORTED = 75, 76, 115
+"""`CUdevice_attribute`."""
+_POOL_RELEASE_THRESHOLD = 4
+"""`CUmemPool_attribute`."""
+_MAX_DYNAMIC_SHARED_BYTES = 8
+"""`CUfunction_attribute`."""
 
-    def __init__(self, cuda: ModuleType) -> None:
+
+class LibCuda:
+    """`Driver` by the driver's own library."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
         """Start the driver and take the first GPU.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or the driver lacks a function.
         """
-        self._cuda = cuda
+        try:
+            self._functions = {name: getattr(library, name) for name in _FUNCTIONS}
+        except AttributeError as error:
+            raise _no_gpu(f"it is older than CUDA 11.2: {error}") from error
+        for name, function in self._functions.items():
+            function.argtypes, function.restype = _FUNCTIONS[name], _INT
         try:
             self._call("cuInit", 0)
-            device = self._call("cuDeviceGet", 0)
-        except RuntimeError as error:
-            raise _no_gpu("its library libcuda.so.1 is not found") from error
+            device = self._get(_INT, "cuDeviceGet", 0)
         except DynaMaskError as error:
             raise _no_gpu(str(error)) from error
-        self._context = self._call("cuDevicePrimaryCtxRetain", device)
-        self.device = self._call("cuDeviceGetName", 256, device).rstrip(b"\0").decode()
-        kinds = cuda.CUdevice_attribute
-        major = self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-        minor = self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        self._context = self._get(_POINTER, "cuDevicePrimaryCtxRetain", device)
+        name = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", name, len(name), device)
+        self.device = name.value.decode()
+        major, minor, pools = (
+            self._get(_INT, "cuDeviceGetAttribute", attribute, device)
+            for attribute in (_MULTIPROCESSOR_MAJOR, _MULTIPROCESSOR_MINOR, _MEMORY_POOLS_SUPPORTED)
+        )
         self.compute_capability = f"{major}.{minor}"
-        if self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, device):
-            pool, threshold = self._call("cuDeviceGetDefaultMemPool", device), cuda.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
-            self._call("cuMemPoolSetAttribute", pool, threshold, cuda.cuuint64_t(POOL_BYTES))
+        if pools:
+            pool = self._get(_POINTER, "cuDeviceGetDefaultMemPool", device)
+            self._call("cuMemPoolSetAttribute", pool, _POOL_RELEASE_THRESHOLD, ctypes.byref(ctypes.c_uint64(POOL_BYTES)))
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        status, *results = getattr(self._cuda, name)(*arguments)
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = self._functions[name](*arguments)
         if status != 0:
-            reason = self._cuda.cuGetErrorString(status)[1] or b"unknown error"
-            raise DynaMaskError(f"{name} failed: {reason.decode()} ({status.name}).")
-        return results[0] if len(results) == 1 else tuple(results)
+            texts = []
+            for kind in ("cuGetErrorString", "cuGetErrorName"):
+                text = ctypes.c_char_p()
+                self._functions[kind](status, ctypes.byref(text))
+                texts.append((text.value or b"unknown error").decode())
+            raise DynaMaskError(f"{name.removesuffix('_v2')} failed: {texts[0]} ({texts[1]}, {status}).")
+
+    def _get(self, kind: Any, name: str, *arguments: Any) -> Any:
+        """The value that a function writes to its first argument."""
+        value = kind()
+        self._call(name, ctypes.byref(value), *arguments)
+        return value.value
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        self._call("cuCtxPushCurrent", self._context)
+        self._call("cuCtxPushCurrent_v2", self._context)
         try:
             yield
         finally:
-            self._call("cuCtxPopCurrent")
+            self._get(_POINTER, "cuCtxPopCurrent_v2")
 
     def memory(self) -> Memory:
-        return Memory(*self._call("cuMemGetInfo"))
+        total = ctypes.c_size_t()
+        return Memory(self._get(ctypes.c_size_t, "cuMemGetInfo_v2", ctypes.byref(total)), total.value)
 
     def allocate(self, size: int) -> int:
-        return int(self._call("cuMemAlloc", size))
+        return int(self._get(_ADDRESS, "cuMemAlloc_v2", size))
 
     def free(self, address: int) -> None:
-        self._call("cuMemFree", address)
+        self._call("cuMemFree_v2", address)
 
     def allocate_pinned(self, size: int) -> Bytes:
-        address = self._call("cuMemHostAlloc", size, 0)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(address)))
+        address = self._get(_POINTER, "cuMemHostAlloc", size, 0)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free_pinned(self, memory: Bytes) -> None:
         self._call("cuMemFreeHost", memory.ctypes.data)
 
     def to_device(self, address: int, source: npt.NDArray[Any], stream: int) -> None:
-        self._call("cuMemcpyHtoDAsync", address, source.ctypes.data, source.nbytes, stream)
+        self._call("cuMemcpyHtoDAsync_v2", address, source.ctypes.data, source.nbytes, stream)
 
     def to_host(self, destination: npt.NDArray[Any], address: int, stream: int) -> None:
-        self._call("cuMemcpyDtoHAsync", destination.ctypes.data, address, destination.nbytes, stream)
+        self._call("cuMemcpyDtoHAsync_v2", destination.ctypes.data, address, destination.nbytes, stream)
 
     def create_stream(self) -> int:
-        return int(self._call("cuStreamCreate", _NON_BLOCKING))
+        return int(self._get(_POINTER, "cuStreamCreate", _NON_BLOCKING))
 
     def destroy_stream(self, stream: int) -> None:
-        self._call("cuStreamDestroy", stream)
+        self._call("cuStreamDestroy_v2", stream)
 
     def synchronize(self, stream: int) -> None:
         self._call("cuStreamSynchronize", stream)
 
     def create_event(self) -> Any:
-        return _Owner(self._call("cuEventCreate", 0), self._cuda.cuEventDestroy)
+        return _Owner(self._get(_POINTER, "cuEventCreate", 0), self._functions["cuEventDestroy_v2"])
 
     def record(self, event: Any, stream: int) -> None:
         self._call("cuEventRecord", event.handle, stream)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        return float(self._call("cuEventElapsedTime", start.handle, end.handle))
+        return float(self._get(ctypes.c_float, "cuEventElapsedTime", start.handle, end.handle))
 
     def load_kernel(self, cubin: bytes, entry: str, arguments: str, threads: int, shared: int) -> Any:
-        module = _Owner(self._call("cuModuleLoadData", cubin), self._cuda.cuModuleUnload)
-        function = self._call("cuModuleGetFunction", module.handle, entry.encode())
+        module = _Owner(self._get(_POINTER, "cuModuleLoadData", cubin), self._functions["cuModuleUnload"])
+        function = self._get(_POINTER, "cuModuleGetFunction", module.handle, entry.encode())
         if shared > MAX_SHARED_BYTES:
-            attribute = self._cuda.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            self._call("cuFuncSetAttribute", function, attribute, shared)
+            self._call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, shared)
         layout = struct.Struct(arguments)
         values = ctypes.create_string_buffer(layout.size)
-        ends = (struct.calcsize(arguments[: index + 1]) for index in range(len(arguments)))
-        places = (ctypes.addressof(values) + end - struct.calcsize(kind) for end, kind in zip(ends, arguments, strict=True))
+        places = [ctypes.addressof(values) + offset for offset in argument_offsets(arguments)]
         return _Kernel(module, function, threads, shared, layout, values, (ctypes.c_void_p * len(arguments))(*places))
 
     def launch(self, kernel: Any, grid: tuple[int, int, int], stream: int, arguments: Sequence[int | float]) -> None:
         # The driver has read the arguments when the call returns.
         kernel.layout.pack_into(kernel.values, 0, *arguments)
-        block, pointers = (kernel.threads, 1, 1), ctypes.addressof(kernel.pointers)
-        self._call("cuLaunchKernel", kernel.function, *grid, *block, kernel.shared, stream, pointers, 0)
+        self._call("cuLaunchKernel", kernel.function, *grid, kernel.threads, 1, 1, kernel.shared, stream, kernel.pointers, None)
+
+
+def argument_offsets(arguments: str) -> list[int]:
+    """Where each argument of a kernel lies among its parameters, in bytes; types as in `Driver.load_kernel`."""
+    return [struct.calcsize(arguments[: index + 1]) - struct.calcsize(kind) for index, kind in enumerate(arguments)]
 
 
 def _named(method: Method) -> Method:
-    """A method whose pycuda errors, which name the CUDA function, become `DynaMaskError`."""
+    """A method whose errors, whatever their class, become `DynaMaskError`; pycuda's own name the CUDA function."""
 
     @functools.wraps(method)
     def call(self: Any, *arguments: Any) -> Any:
         try:
             return method(self, *arguments)
-        except self._cuda.Error as error:
+        except DynaMaskError:
+            raise
+        except Exception as error:
             raise DynaMaskError(f"{error}.") from error
 
     return cast(Method, call)
 
 
 class PyCuda:
-    """`Driver` by `pycuda.driver`, which launches kernels on its own streams only: the engine must use no auxiliary streams."""
+    """`Driver` by `pycuda.driver`, which launches kernels on its own streams only: an engine must use no auxiliary streams, and its builder
+    gets a stream of this driver to time plugins on."""
 
     def __init__(self, cuda: ModuleType) -> None:
         """Start the driver and take the first GPU.
@@ -372,5 +436,5 @@ class PyCuda:
 
     def _own_stream(self, stream: int) -> Any:
         if stream not in self._streams:
-            raise DynaMaskError("pycuda cannot launch on a stream that TensorRT made; run pip install cuda-bindings, which can.")
+            raise DynaMaskError(f"pycuda cannot launch on a stream that TensorRT made; put {LIBRARY} on the loader's path, which can.")
         return self._streams[stream]

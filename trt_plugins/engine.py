@@ -67,7 +67,7 @@ class TensorRTEngine:
         """Load the engine of a target, `tensorrt-rtx` or `tensorrt`.
 
         Raises:
-            InputError: the engine is not built or damaged; TensorRT, cuda-python or a GPU is missing; the engine was built by another
+            InputError: the engine is not built or damaged; TensorRT or a GPU is missing; the engine was built by another
                 version of TensorRT or for other GPUs, or the free memory is too small for it.
             DynaMaskError: TensorRT or CUDA failed.
         """

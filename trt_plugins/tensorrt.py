@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import importlib
 import importlib.util
+import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,11 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
     "tensorrt": ("tensorrt",),
 }
+MINIMUM_VERSIONS: dict[str, tuple[tuple[int, ...], str]] = {
+    "tensorrt-rtx": ((1, 7, 1), "earlier ones do not take the plugins; run pip install --upgrade tensorrt-rtx-cu13"),
+    "tensorrt": ((10, 3), "earlier ones lack parts of the plugins' interface; upgrade it with pip, or take JetPack 6.1 or later"),
+}
+"""By target: the lowest version, and what to do about a lower one. JetPack 6.1 and 6.2 have TensorRT 10.3."""
 _INSTALL = {
     "tensorrt-rtx": "needs TensorRT for RTX, which is not installed; run pip install tensorrt-rtx-cu13",
     "tensorrt": "needs TensorRT, which is not installed; run pip install tensorrt, "
@@ -74,7 +80,7 @@ def load(target: str) -> TensorRT:
     """TensorRT's Python module for the target `tensorrt-rtx` or `tensorrt`: `tensorrt_rtx` or `tensorrt`.
 
     Raises:
-        InputError: it is not installed or does not load, or TensorRT for RTX would abort this process at the first plugin.
+        InputError: it is not installed, too old or does not load, or TensorRT for RTX would abort this process at the first plugin.
     """
     name = next((name for name in _MODULES[target] if _is_installed(name)), None)
     if name is None:
@@ -82,9 +88,20 @@ def load(target: str) -> TensorRT:
     if target == "tensorrt-rtx":
         _name_library()
     try:
-        return cast(TensorRT, importlib.import_module(name))
+        module = cast(TensorRT, importlib.import_module(name))
     except (ImportError, OSError) as error:
         raise InputError(f"The target {target} is installed but does not load ({error}); install {name} again.") from error
+    minimum, remedy = MINIMUM_VERSIONS[target]
+    if version_numbers(module.__version__) < minimum:
+        required = ".".join(map(str, minimum))
+        raise InputError(f"The target {target} needs {name} {required} or later, and {module.__version__} is installed: {remedy}.")
+    return module
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 1.7.1.116 or 3.5.0+git is (1, 7, 1, 116) or (3, 5, 0)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def sizes(dims: tensorrt.Dims) -> tuple[int, ...]:

@@ -215,3 +215,9 @@ def test_the_usual_capabilities_serve_the_gpus_they_are_for() -> None:
     assert all(library.for_device(capability) for capability in COMPUTE_CAPABILITIES)
     with pytest.raises(InputError, match=r"are compiled for compute capability 8.0, 8.6, 8.7, 8.9, 9.0, 12.0, and this GPU's is 7.5"):
         library.for_device("7.5")
+
+
+def test_an_earlier_triton_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "3.4.0")
+    with pytest.raises(InputError, match=r"needs Triton 3\.5 or later, not 3\.4\.0; run pip install --upgrade triton"):
+        aot.compile_kernels(SPECS, ["8.0"], cache=tmp_path)

@@ -1,4 +1,6 @@
-"""The driver interface: cuda-python against a CUDA driver of our own that computes on the CPU, pycuda against a stand-in of its module.
+"""The driver interface: its library against a CUDA driver of our own that computes on the CPU, pycuda against a stand-in of its module.
+
+The driver of our own exports the functions of CUDA 12.4 that are called, and no newer forms of them.
 
 Run as a program, this file plays `scenario` on whatever `open_driver` finds.
 """
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import DynaMaskError, InputError
-from trt_plugins.driver import MAX_SHARED_BYTES, open_driver
+from trt_plugins.driver import MAX_SHARED_BYTES, LibCuda, open_driver
 
 CUBIN = b"cubin with scale"
 """The one module that both stand-ins load. Its kernel: y[i] = a x[i] + offset for i < n, one thread an item."""
@@ -26,20 +28,14 @@ ARGUMENTS = "PPifqPP"
 TOO_MUCH = 1 << 40
 
 LIBCUDA = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 typedef unsigned long long ptr;
 enum { OK, INVALID = 1, NO_MEMORY = 2, NO_DEVICE = 100, NO_BINARY = 209, NO_CONTEXT = 201, NOT_FOUND = 500 };
 static void *stack[8]; static int depth; static double now; static int scale, shared_limit = 49152;
 #define CURRENT if (!depth) return NO_CONTEXT
-int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned long long flags, int *status) {
-  *function = dlsym(RTLD_DEFAULT, name);
-  if (status) *status = !*function;
-  return *function ? OK : NOT_FOUND;
-}
 int cuGetErrorString(int error, const char **text) { *text = error == 2 ? "out of memory" : "some error"; return OK; }
+int cuGetErrorName(int error, const char **text) { *text = error == 100 ? "CUDA_ERROR_NO_DEVICE" : "CUDA_ERROR"; return OK; }
 int cuInit(unsigned flags) { return getenv("NO_GPU") ? NO_DEVICE : OK; }
 int cuDeviceGet(int *device, int ordinal) { *device = 7; return ordinal ? INVALID : OK; }
 int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "Host", size); return device == 7 ? OK : INVALID; }
@@ -49,25 +45,25 @@ int cuMemPoolSetAttribute(void *pool, int attribute, void *value) {
   return pool == &now && attribute == 4 && *(ptr *)value == 512 << 20 ? OK : INVALID;
 }
 int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &depth; return OK; }
-int cuCtxPushCurrent(void *context) { stack[depth++] = context; return context == &depth ? OK : INVALID; }
-int cuCtxPopCurrent(void **context) { CURRENT; *context = stack[--depth]; return OK; }
-int cuMemGetInfo(size_t *free, size_t *total) { CURRENT; *free = 3000; *total = 4000; return OK; }
-int cuMemAlloc(ptr *address, size_t size) {
+int cuCtxPushCurrent_v2(void *context) { stack[depth++] = context; return context == &depth ? OK : INVALID; }
+int cuCtxPopCurrent_v2(void **context) { CURRENT; *context = stack[--depth]; return OK; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) { CURRENT; *free = 3000; *total = 4000; return OK; }
+int cuMemAlloc_v2(ptr *address, size_t size) {
   CURRENT;
   if (size >= 1ull << 40) return NO_MEMORY;
   *address = (ptr)aligned_alloc(256, (size + 255) / 256 * 256);
   return OK;
 }
-int cuMemFree(ptr address) { CURRENT; free((void *)address); return OK; }
+int cuMemFree_v2(ptr address) { CURRENT; free((void *)address); return OK; }
 int cuMemHostAlloc(void **address, size_t size, unsigned flags) { CURRENT; *address = malloc(size); return OK; }
 int cuMemFreeHost(void *address) { CURRENT; free(address); return OK; }
-int cuMemcpyHtoDAsync(ptr to, const void *from, size_t size, void *stream) { CURRENT; memcpy((void *)to, from, size); return OK; }
-int cuMemcpyDtoHAsync(void *to, ptr from, size_t size, void *stream) { CURRENT; memcpy(to, (void *)from, size); return OK; }
+int cuMemcpyHtoDAsync_v2(ptr to, const void *from, size_t size, void *stream) { CURRENT; memcpy((void *)to, from, size); return OK; }
+int cuMemcpyDtoHAsync_v2(void *to, ptr from, size_t size, void *stream) { CURRENT; memcpy(to, (void *)from, size); return OK; }
 int cuStreamCreate(void **stream, unsigned flags) { CURRENT; *stream = malloc(1); return flags == 1 ? OK : INVALID; }
-int cuStreamDestroy(void *stream) { CURRENT; free(stream); return OK; }
+int cuStreamDestroy_v2(void *stream) { CURRENT; free(stream); return OK; }
 int cuStreamSynchronize(void *stream) { CURRENT; return OK; }
 int cuEventCreate(void **event, unsigned flags) { CURRENT; *event = calloc(1, sizeof(double)); return OK; }
-int cuEventDestroy(void *event) { free(event); return OK; }
+int cuEventDestroy_v2(void *event) { free(event); return OK; }
 int cuEventRecord(double *event, void *stream) { CURRENT; *event = ++now; return OK; }
 int cuEventElapsedTime(float *ms, double *start, double *end) { CURRENT; *ms = *end - *start; return OK; }
 int cuModuleLoadData(void **module, const void *image) {
@@ -134,53 +130,56 @@ def scenario(driver):
 @pytest.fixture(scope="module")
 def libcuda(tmp_path_factory):
     """The environment in which the driver above is the machine's."""
-    pytest.importorskip("cuda.bindings.driver")
     if shutil.which("cc") is None:
         pytest.skip("no C compiler for a CUDA driver of our own")
     folder = tmp_path_factory.mktemp("libcuda")
     (folder / "cuda.c").write_text(LIBCUDA)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c", "-ldl"], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", folder / "cuda.c"], check=True)
     root = Path(__file__).parents[2]
     return {**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(root)}
 
 
-def test_cuda_python_plays_the_scenario(libcuda):
+def test_the_library_plays_the_scenario(libcuda):
     subprocess.run([sys.executable, __file__], env=libcuda, check=True)
 
 
 def test_no_gpu_is_said_in_a_sentence(libcuda):
     done = subprocess.run([sys.executable, __file__], env={**libcuda, "NO_GPU": "1"}, capture_output=True, text=True)
     assert "InputError: TensorRT's engines run on an NVIDIA GPU" in done.stderr
-    assert "(cuInit failed: some error (CUDA_ERROR_NO_DEVICE)); install" in done.stderr
+    assert "(cuInit failed: some error (CUDA_ERROR_NO_DEVICE, 100)); install" in done.stderr
 
 
-def test_no_driver_is_said_in_a_sentence():
-    pytest.importorskip("cuda.bindings.driver")
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        with pytest.raises(InputError, match=r"NVIDIA GPU, .*libcuda\.so\.1.*; install .*, or take the target onnxruntime\.$"):
-            open_driver()
-    else:
-        pytest.skip("there is a driver here")
+@pytest.fixture
+def no_library(monkeypatch):
+    def missing(name):
+        assert name == "libcuda.so.1"
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
 
 
-def test_no_package_is_said_in_a_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+def test_no_driver_is_said_in_a_sentence(no_library, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
-    with pytest.raises(InputError, match="run pip install cuda-bindings"):
+    with pytest.raises(InputError, match=r"NVIDIA GPU, .*libcuda\.so\.1.*; install .*, or take the target onnxruntime\.$"):
         open_driver()
 
 
-def test_pycuda_plays_the_scenario(monkeypatch):
+def test_a_driver_that_lacks_a_function_is_refused(tmp_path):
+    """Any library will do."""
+    with pytest.raises(InputError, match=r"older than CUDA 11\.2: .*cuInit"):
+        LibCuda(ctypes.CDLL(None))
+
+
+def test_pycuda_plays_the_scenario(no_library, monkeypatch):
     module = pycuda_driver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
     monkeypatch.setitem(sys.modules, "pycuda", types.ModuleType("pycuda"))
     monkeypatch.setitem(sys.modules, "pycuda.driver", module)
     driver = open_driver()
     scenario(driver)
     assert module.state["freed"] == 2
-    with driver.current(), pytest.raises(DynaMaskError, match="cuda-bindings"):
+    with pytest.raises(DynaMaskError, match="99"):  # Any exception, here a KeyError.
+        driver.free(99)
+    with driver.current(), pytest.raises(DynaMaskError, match="pycuda cannot launch on a stream that TensorRT made"):
         driver.launch(driver.load_kernel(CUBIN, "scale", ARGUMENTS, 64, 0), (1, 1, 1), 12345, [0] * 7)
 
 

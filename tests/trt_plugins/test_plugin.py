@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import importlib
 import subprocess
 import sys
 import threading
@@ -331,6 +332,30 @@ def test_a_broken_installation_is_an_input_error(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=r"does not load \(libnvinfer.so.10"):
         tensorrt.load("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "version", "sentence"),
+    [
+        ("tensorrt-rtx", "tensorrt_rtx", "1.6.0.1", "needs tensorrt_rtx 1.7.1 or later, and 1.6.0.1 is installed: .*pip install --upgrade"),
+        ("tensorrt", "tensorrt", "8.6.2", "needs tensorrt 10.3 or later, and 8.6.2 is installed: .*JetPack 6.1"),
+        ("tensorrt", "tensorrt", "unknown", "needs tensorrt 10.3 or later"),
+    ],
+)
+def test_earlier_versions_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, name: str, version: str, sentence: str
+) -> None:
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{name}.py").write_text(f"__version__ = {version!r}")
+    with pytest.raises(InputError, match=sentence):
+        tensorrt.load(target)
+    monkeypatch.delitem(sys.modules, name)
+    if target == "tensorrt":
+        (tmp_path / f"{name}.py").write_text("__version__ = '10.3.0'")
+        importlib.invalidate_caches()
+        assert tensorrt.load(target).__version__ == "10.3.0"
+        monkeypatch.delitem(sys.modules, name)
 
 
 def wheel(folder: Path) -> Path:
