@@ -221,9 +221,9 @@ class LibCuda:
         except DynaMaskError as error:
             raise _no_gpu(str(error)) from error
         self._context = self._get(_POINTER, "cuDevicePrimaryCtxRetain", device)
-        name = ctypes.create_string_buffer(256)
-        self._call("cuDeviceGetName", name, len(name), device)
-        self.device = name.value.decode()
+        text = ctypes.create_string_buffer(256)
+        self._call("cuDeviceGetName", text, len(text), device)
+        self.device = text.value.decode()
         major, minor, pools = (
             self._get(_INT, "cuDeviceGetAttribute", attribute, device)
             for attribute in (_MULTIPROCESSOR_MAJOR, _MULTIPROCESSOR_MINOR, _MEMORY_POOLS_SUPPORTED)
