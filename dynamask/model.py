@@ -23,7 +23,7 @@ from dynamask.roi import batch_rois
 from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM
 from runtime.instances import ClassName
-from runtime.paste import probability_crop
+from runtime.paste import Frame, PackedMask, probability_crop
 from runtime.predictor import to_instances
 from runtime.preprocess import letterbox_normalise
 from runtime.targets.base import EngineOutput
@@ -123,9 +123,12 @@ class DynaMask(Detector):
         canvas, scale = letterbox_normalise(pixels, *sizes.canvas, sizes.mean, sizes.std)
         device = self.mask_branch.costs.device
         output = self.predict(torch.from_numpy(canvas).to(device))
-        found = to_instances(_engine_output(output), scale, size, [ClassName(entry["id"], entry["name"]) for entry in self.classes], {})
+        found = to_instances(
+            _engine_output(output), Frame(scale, size), [ClassName(entry["id"], entry["name"]) for entry in self.classes], {}
+        )
         masks = torch.zeros(len(found), 1, *size)
-        for mask, logits, box in zip(masks, found.logits, found.boxes, strict=True):
+        for mask, logits, box in zip(masks, found.mask_data, found.boxes, strict=True):
+            assert not isinstance(logits, PackedMask)
             x0, y0, crop = probability_crop(logits, box, *size)
             mask[0, y0 : y0 + crop.shape[0], x0 : x0 + crop.shape[1]] = torch.from_numpy(crop)
         arrays = {"boxes": found.boxes, "labels": found.labels + 1, "scores": found.scores, "grids": found.grids}

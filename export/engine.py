@@ -30,11 +30,13 @@ from export.seams import read_facts
 from export.serialized_engine import Progress, build_serialized
 from runtime.bundle import MANIFEST, MODEL, Bundle, Canvas, EngineEntry, Profile
 from runtime.errors import InputError, first_line
+from runtime.graph import GRIDS
 from runtime.targets.registry import check_target
 from trt_plugins.aot import compile_kernels
 from trt_plugins.driver import Driver, open_driver
 from trt_plugins.engine import ENGINE
 from trt_plugins.kernels import COMPUTE_CAPABILITIES, KNOWN_CAPABILITIES, KernelLibrary
+from trt_plugins.paste_masks.operator import paste_kernel
 from trt_plugins.tensorrt import load
 
 PRECISIONS = ("fp32", "fp16")
@@ -145,6 +147,7 @@ def _build_tensorrt(
         library = _library(bundle, target, entry)
     else:
         specs = [spec for placed in lowered.operators for spec in placed.operator.kernels(placed.inputs)]
+        specs += [paste_kernel(grid) for grid in GRIDS]
         library = compile_kernels(specs, capabilities, progress=lambda done, total: progress("Compiling kernels", done, total))
         with tempfile.TemporaryDirectory(prefix="dynamask-") as folder:
             model, engine = Path(folder, MODEL), Path(folder, ENGINE)

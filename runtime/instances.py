@@ -13,7 +13,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import supervision
 
-    from runtime.paste import Crop
+    from runtime.paste import Crop, PackedMask
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Instances:
     """`[N]`, index into `classes`."""
     grids: npt.NDArray[np.int64]
     """`[N]`: the mask grid of each instance, 14, 28, 56 or 112."""
-    logits: Sequence[npt.NDArray[np.float32]]
-    """N mask logits, `[g, g] float32` each, with g as in `grids`."""
+    mask_data: Sequence[npt.NDArray[np.float32] | PackedMask]
+    """N masks as the engine gave them: logits `[g, g] float32` with g as in `grids`, or bits, from an engine that pastes on its device.
+    `crops`, `masks` and everything else here take either."""
     size: tuple[int, int]
     """The image's height and width, pixels."""
     classes: Sequence[ClassName]
@@ -66,7 +67,7 @@ class Instances:
             scores=self.scores[chosen],
             labels=self.labels[chosen],
             grids=self.grids[chosen],
-            logits=[self.logits[i] for i in chosen],
+            mask_data=[self.mask_data[i] for i in chosen],
             size=self.size,
             classes=self.classes,
             times_ms=self.times_ms,
@@ -74,9 +75,12 @@ class Instances:
 
     @cached_property
     def _crops(self) -> list[Crop]:
-        from runtime.paste import mask_crop
+        from runtime.paste import PackedMask, mask_crop
 
-        return [mask_crop(logits, box, *self.size) for logits, box in zip(self.logits, self.boxes, strict=True)]
+        return [
+            data.crop() if isinstance(data, PackedMask) else mask_crop(data, box, *self.size)
+            for data, box in zip(self.mask_data, self.boxes, strict=True)
+        ]
 
     def crops(self) -> Iterator[Crop]:
         """For each instance `(x0, y0, mask [h, w] bool)`: its mask inside its box, whose first pixel is `(x0, y0)` of the image.

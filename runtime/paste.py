@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
 
 import cv2
 import numpy as np
@@ -12,6 +13,41 @@ Crop = tuple[int, int, npt.NDArray[np.bool_]]
 """`x0, y0` of the crop's first pixel in the image, and the mask inside it."""
 
 
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """The mask of an instance as bits, from an engine that pastes on its device: `mask_crop` with 32 pixels in an item."""
+
+    left: int
+    top: int
+    """The crop's first pixel in the image."""
+    width: int
+    """The crop's width, pixels."""
+    words: npt.NDArray[np.int32]
+    """`[height, ceil(width / 32)]`: bit b of word w of a row is its pixel 32 w + b; bits beyond the width are 0."""
+
+    def crop(self) -> Crop:
+        """The mask, one item for each pixel."""
+        height = len(self.words)
+        if not height or not self.width:
+            return self.left, self.top, np.zeros((height, self.width), bool)
+        octets = np.ascontiguousarray(self.words, "<i4").view(np.uint8).reshape(height, -1)
+        return self.left, self.top, np.unpackbits(octets, axis=1, count=self.width, bitorder="little").view(bool)
+
+
+class Frame(NamedTuple):
+    """The image that was scaled to a canvas."""
+
+    scale: float
+    """Canvas pixels per image pixel."""
+    size: tuple[int, int]
+    """The image's height and width, pixels."""
+
+    def boxes(self, boxes: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+        """Boxes `[n, 4]` (xyxy) in canvas pixels as boxes in the image's pixels, clipped to the image."""
+        height, width = self.size
+        return np.clip(boxes / self.scale, 0, [width, height, width, height]).astype(np.float32)
+
+
 class Rle(TypedDict):
     """A COCO run-length encoding: `[height, width]` and the compressed counts."""
 
@@ -19,12 +55,15 @@ class Rle(TypedDict):
     counts: str
 
 
-def covered_pixels(box: npt.NDArray[np.floating[Any]], height: int, width: int) -> tuple[int, int, int, int]:
-    """`left, top, right, bottom` (the last two excluded) of the image's pixels whose centres are in the box `[4]`, xyxy in pixels."""
-    x0, y0, x1, y1 = (float(value) for value in box)
-    first = np.clip(np.ceil([x0 - 0.5, y0 - 0.5]), 0, [width, height]).astype(int)
-    last = np.clip(np.ceil([x1 - 0.5, y1 - 0.5]), first, [width, height]).astype(int)
-    return int(first[0]), int(first[1]), int(last[0]), int(last[1])
+def covered_pixels(boxes: npt.NDArray[np.floating[Any]], height: int, width: int) -> npt.NDArray[np.int64]:
+    """The pixels of an image whose centres are in boxes `[..., 4]`, xyxy in pixels: `left, top, right, bottom`, the last two excluded.
+
+    A box that is turned inside out, or not a number, has none.
+    """
+    edges = np.nan_to_num(np.ceil(boxes.astype(np.float64) - 0.5))
+    first = np.clip(edges[..., :2], 0, [width, height])
+    last = np.clip(edges[..., 2:], first, [width, height])
+    return np.concatenate([first, last], axis=-1).astype(np.int64)
 
 
 def mask_crop(logits: npt.NDArray[np.float32], box: npt.NDArray[np.floating[Any]], height: int, width: int) -> Crop:
@@ -59,7 +98,7 @@ def probability_crop(
     """
     grid = logits.shape[0]
     x0, y0, x1, y1 = (float(value) for value in box)
-    left, top, right, bottom = covered_pixels(box, height, width)
+    left, top, right, bottom = covered_pixels(box, height, width).tolist()
     columns, rows = right - left, bottom - top
     if not columns or not rows:
         return left, top, np.zeros((rows, columns), np.float32)

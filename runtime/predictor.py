@@ -15,6 +15,7 @@ from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM, SIZE_BASED
 from runtime.instances import ClassName, Instances
+from runtime.paste import Frame, PackedMask
 from runtime.preprocess import filled_canvas, letterbox_normalise
 from runtime.targets.base import Engine, EngineOutput, GridOverride, slot_overrides
 from runtime.targets.registry import open_engine
@@ -167,7 +168,7 @@ class Predictor:
         manifest, count = self.bundle.manifest, len(images)
         sizes = [(image.shape[0], image.shape[1]) for image in images]
         height, width = filled_canvas(sizes, self._canvas, self.engine.profile.canvas[0])
-        scales, preprocess_ms = [], []
+        frames, preprocess_ms = [], []
         with self._lock:
             if self._closed:
                 raise InputError(f"this predictor of {self.bundle.path} is closed; open the bundle again with dynamask.load.")
@@ -175,47 +176,43 @@ class Predictor:
             for index, image in enumerate(images):
                 start = time.perf_counter()
                 _, scale = letterbox_normalise(image, *self._canvas, manifest.mean, manifest.std, out=canvases[index : index + 1])
-                scales.append(scale)
+                frames.append(Frame(scale, sizes[index]))
                 preprocess_ms.append(1000 * (time.perf_counter() - start))
-            output = self.engine.run(canvases, budget_gmacs, np.tile(overrides, count), min_score)
+            output = self.engine.run(canvases, budget_gmacs, np.tile(overrides, count), min_score, frames)
         if (fault := output.first_fault(count, manifest.detections)) is not None:
             raise InputError(f"{self.bundle.path}: the outputs of its model do not fit together ({fault}); export it again.")
         outputs = output.per_image(count)
-        return [self._instances(*of_image) for of_image in zip(outputs, scales, sizes, preprocess_ms, strict=True)]
+        return [self._instances(*of_image) for of_image in zip(outputs, frames, preprocess_ms, strict=True)]
 
-    def _instances(self, output: EngineOutput, scale: float, size: tuple[int, int], preprocess_ms: float) -> Instances:
+    def _instances(self, output: EngineOutput, frame: Frame, preprocess_ms: float) -> Instances:
         count = int(np.count_nonzero(output.scores > 0))
         classes = self.bundle.manifest.classes
         if count and (label := int(output.labels[:count].max())) >= len(classes):
             raise InputError(
                 f"{self.bundle.path} has {len(classes)} classes in its manifest, and its model found class {label}; export it again."
             )
-        return to_instances(output, scale, size, classes, {"preprocess": preprocess_ms, **output.times_ms})
+        return to_instances(output, frame, classes, {"preprocess": preprocess_ms, **output.times_ms})
 
 
-def to_instances(
-    output: EngineOutput, scale: float, size: tuple[int, int], classes: Sequence[ClassName], times_ms: dict[str, float]
-) -> Instances:
+def to_instances(output: EngineOutput, frame: Frame, classes: Sequence[ClassName], times_ms: dict[str, float]) -> Instances:
     """The instances in the slots of one image, with boxes in the image's pixels, clipped to the image.
 
     Args:
         output: of one image; filled slots come first.
-        scale: canvas pixels per image pixel.
-        size: the image's height and width, pixels.
+        frame: the image's size and scale.
         classes: as in `Instances`.
         times_ms: as in `Instances`.
     """
-    height, width = size
     count = int(np.count_nonzero(output.scores > 0))
-    logits = {int(slot): mask for slots, masks in output.masks.values() for slot, mask in zip(slots, masks, strict=True)}
-    boxes = np.clip(output.boxes[:count] / scale, 0, [width, height, width, height])
+    data: dict[int, npt.NDArray[np.float32] | PackedMask] = dict(output.pasted)
+    data |= {int(slot): mask for slots, masks in output.masks.values() for slot, mask in zip(slots, masks, strict=True)}
     return Instances(
-        boxes=boxes.astype(np.float32),
+        boxes=frame.boxes(output.boxes[:count]),
         scores=output.scores[:count],
         labels=output.labels[:count],
         grids=np.array(GRIDS)[output.grids[:count]],
-        logits=[logits[slot] for slot in range(count)],
-        size=size,
+        mask_data=[data[slot] for slot in range(count)],
+        size=frame.size,
         classes=classes,
         times_ms=times_ms,
     )

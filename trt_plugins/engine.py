@@ -22,10 +22,13 @@ import numpy.typing as npt
 from runtime.bundle import Bundle, Canvas, EngineEntry, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS, INPUTS, MASKS, OUTPUTS, SLOTS
-from runtime.targets.base import EngineOutput, GridOverride, check_fits, closed_engine, slot_overrides
+from runtime.paste import Frame, PackedMask, covered_pixels
+from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
 from trt_plugins.driver import open_driver
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.launcher import KernelLauncher
+from trt_plugins.mask_paster import GridMasks, MaskPaster, rows_by_grid
+from trt_plugins.operator import DType
 from trt_plugins.plugin import register
 from trt_plugins.runtime_cache import RuntimeCache, cache_path
 from trt_plugins.tensorrt import TensorRT, load, sizes
@@ -98,6 +101,8 @@ class TensorRTEngine:
             # TensorRT keeps only pointers to them.
             self._allocators: dict[str, tensorrt.IOutputAllocator] = {}
             self._tensors = self._create_tensors(trt, resources)
+            self._paster = MaskPaster(self._driver, self._launcher)
+            resources.callback(self._paster.free)
             self._resources = resources.pop_all()
 
     def __enter__(self) -> TensorRTEngine:
@@ -117,9 +122,15 @@ class TensorRTEngine:
             self._resources.close()
 
     def run(
-        self, image: npt.NDArray[np.float32], budget_gmacs: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+        self,
+        image: npt.NDArray[np.float32],
+        budget_gmacs: float | None = None,
+        grid_override: GridOverride = None,
+        min_score: float = 0.0,
+        frames: Sequence[Frame] | None = None,
     ) -> EngineOutput:
-        """As `Engine.run`. `times_ms` are split at the time when the GPU has the detections, and include the copies.
+        """As `Engine.run`: with frames, all masks are pasted on the GPU. `times_ms` are split at the time when the GPU has the detections,
+        and include the copies and the pasting.
 
         If there are fewer images than the profile's minimum, empty canvases are added and their results dropped.
 
@@ -152,19 +163,42 @@ class TensorRTEngine:
                 driver.to_device(tensors[name].address, tensors[name].host, stream)
             self._execute(shapes)
             # TensorRT waited for the sizes itself, so they are known.
-            for name in OUTPUTS:
+            for name in OUTPUTS if frames is None else (*OUTPUTS[:4], *SLOTS):
                 if tensors[name].host.size:
                     driver.to_host(tensors[name].host, tensors[name].address, stream)
             driver.synchronize(stream)
+            pasted = {} if frames is None else self._paste(frames, slots)
             detected_ms = driver.elapsed_ms(self._start, self._detected)
             if self._cache is not None and not self._has_run:
                 self._cache.save()
             self._has_run = True
         boxes, scores, labels, grids = (tensors[name].host[:slots].copy() for name in OUTPUTS[:4])
-        masks = {grid: _masks(tensors[f"slots_{grid}"].host, tensors[f"masks_{grid}"].host, slots) for grid in GRIDS}
+        masks: Masks = {}
+        if frames is None:
+            masks = {grid: _masks(tensors[f"slots_{grid}"].host, tensors[f"masks_{grid}"].host, slots) for grid in GRIDS}
         detector = 1000 * (filled - start) + detected_ms
         times_ms = {"detector": detector, "masks": 1000 * (time.perf_counter() - start) - detector}
-        return EngineOutput(boxes, scores, labels, grids, masks, times_ms)
+        return EngineOutput(boxes, scores, labels, grids, masks, times_ms, pasted)
+
+    def _paste(self, frames: Sequence[Frame], slots: int) -> dict[int, PackedMask]:
+        """Row -> its mask, of the rows below `slots` of the current run."""
+        tensors = self._tensors
+        rows = rows_by_grid({grid: tensors[f"slots_{grid}"].host for grid in GRIDS}, slots)
+        boxes = tensors["boxes"].host
+        own = np.zeros((slots, 4), np.float32)
+        pixels = np.zeros((slots, 4), np.int64)
+        for index, frame in enumerate(frames):
+            of_image = slice(self.manifest.detections * index, self.manifest.detections * (index + 1))
+            own[of_image] = frame.boxes(boxes[:slots][of_image])
+            pixels[of_image] = covered_pixels(own[of_image], *frame.size)
+        masks = []
+        for grid, of_grid in rows.items():
+            logits = tensors[f"masks_{grid}"]
+            masks.append(GridMasks(logits.address, grid, cast(DType, logits.buffer.dtype.name), own[of_grid], pixels[of_grid]))
+        pasted: dict[int, PackedMask] = {}
+        for of_grid, found in zip(rows.values(), self._paster.paste(masks, self._stream), strict=True):
+            pasted |= dict(zip(of_grid.tolist(), found, strict=True))
+        return pasted
 
     def _kernels(self, bundle: Bundle, entry: EngineEntry) -> dict[str, CompiledKernel]:
         folder = self._path.parent

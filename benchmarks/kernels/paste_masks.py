@@ -14,13 +14,15 @@ from benchmarks.kernels.case import KERNEL, Case, bound, input_sets_beyond_cache
 from benchmarks.kernels.timing import Contender
 from runtime.paste import Crop, covered_pixels, mask_crop
 from trt_plugins.paste_masks import PasteMasks
+from trt_plugins.paste_masks.windows import count_words, make_windows, unpack_windows
 
 
 def case(boxes: Tensor, counts: Sequence[int]) -> Case:
     """From logits on the GPU to crops on the host, in a frame as large as the canvas."""
     height, width = sizes.CANVAS
-    operator, parts = PasteMasks(height=height, width=width), boxes.split(list(counts))
+    parts = boxes.split(list(counts))
     each_box = boxes.cpu().numpy()
+    pixels = [covered_pixels(part.cpu().numpy(), height, width) for part in parts]
 
     def draw() -> list[Tensor]:
         coarse = (4 * random(1, max(count, 1), 5, 5) for count in counts)
@@ -29,12 +31,25 @@ def case(boxes: Tensor, counts: Sequence[int]) -> Case:
             for x, (_, grid), count in zip(coarse, sizes.STAGES, counts, strict=True)
         ]
 
+    def inputs_of(part: Tensor, of_part: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int32], PasteMasks, list[Tensor]]:
+        windows, owners = make_windows(of_part)
+        tensors = [torch.from_numpy(array).to(part.device) for array in (windows, owners)]
+        return windows, PasteMasks(words=int(count_words(of_part).sum())), [part, *tensors]
+
+    planned = [inputs_of(part, of_part) for part, of_part in zip(parts, pixels, strict=True)]
+
     def on_gpu(logits: Sequence[Tensor]) -> list[Tensor]:
-        return [launch(operator, [x, part])[0] for x, part in zip(logits, parts, strict=True) if len(part)]
+        return [launch(operator, [x, *rest])[0] for x, (_, operator, rest) in zip(logits, planned, strict=True) if len(x)]
 
     def to_host(logits: Sequence[Tensor]) -> list[Crop]:
-        masks = [mask for bits in on_gpu(logits) for mask in bits.cpu().numpy()]
-        return [_crop_of_bits(mask, box, width) for mask, box in zip(masks, each_box, strict=True)]
+        """With the windows made for each frame, as the runner does."""
+        found: list[Crop] = []
+        for x, part, of_part in zip(logits, parts, pixels, strict=True):
+            if len(x):
+                windows, operator, rest = inputs_of(part, of_part)
+                bits = launch(operator, [x, *rest])[0].cpu().numpy()
+                found += [mask.crop() for mask in unpack_windows(bits, windows)]
+        return found
 
     def on_host(logits: Sequence[Tensor]) -> list[Crop]:
         masks = [mask for x in logits for mask in x.cpu().numpy()]
@@ -48,12 +63,3 @@ def case(boxes: Tensor, counts: Sequence[int]) -> Case:
         "all on the host": Contender([bound(on_host, each) for each in sets], graph=False),
     }
     return Case(f"PasteMasks: {' / '.join(map(str, counts))}", torch.float32, contenders)
-
-
-def _crop_of_bits(bits: npt.NDArray[np.int32], box: npt.NDArray[np.float32], width: int) -> Crop:
-    """The crop of a mask `[height, words]` to its box, as `runtime.paste.mask_crop` gives it."""
-    left, top, right, bottom = covered_pixels(box, len(bits), width)
-    first = left // 32
-    words = np.ascontiguousarray(bits[top:bottom, first : -(-right // 32)])
-    pixels = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").view(bool)
-    return left, top, pixels[:, left - 32 * first : right - 32 * first]

@@ -99,7 +99,7 @@ def detect(
         scores=output.scores[filled].cpu().numpy(),
         labels=output.labels[filled].cpu().numpy(),
         grids=np.array(GRIDS)[output.grids[filled].cpu().numpy()],
-        logits=[logits[slot] for slot in filled.nonzero()[:, 0].tolist()],
+        mask_data=[logits[slot] for slot in filled.nonzero()[:, 0].tolist()],
         size=(image.shape[0], image.shape[1]),
         classes=[ClassName(entry["id"], entry["name"]) for entry in classes],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,7 @@ from runtime.graph import GRIDS, MSM
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle, Manifest, Profile
+    from runtime.paste import Frame, PackedMask
 
 GridOverride = int | npt.NDArray[np.int64] | None
 """One value for all slots or one for each: -1 the model decides, 0..3 that grid, 4 the size-based rule; None is -1."""
@@ -41,6 +42,8 @@ class EngineOutput:
     masks: Masks
     times_ms: Mapping[str, float]
     """`detector` and `masks`, milliseconds."""
+    pasted: Mapping[int, PackedMask] = field(default_factory=dict)
+    """Row -> its mask in the pixels of its image, of the rows that the engine pasted; these are not in `masks`."""
 
     def first_fault(self, images: int, slots: int) -> str | None:
         """The first way in which this is not the output for so many images with K = `slots`; None if there is none."""
@@ -60,7 +63,8 @@ class EngineOutput:
             return "a box is not finite"
         if (self.labels[filled] < 0).any() or not np.isin(self.grids[filled], range(len(GRIDS))).all():
             return "an instance has no class or no grid"
-        if not np.isin(filled, np.concatenate([places for places, _ in self.masks.values()])).all():
+        with_mask = np.concatenate([np.fromiter(self.pasted, np.int64), *(places for places, _ in self.masks.values())])
+        if not np.isin(filled, with_mask).all():
             return "an instance has no mask"
         return None
 
@@ -75,7 +79,8 @@ class EngineOutput:
         for grid, (slots, logits) in self.masks.items():
             mine = slice(*np.searchsorted(slots, (start, stop)))
             masks[grid] = (slots[mine] - start, logits[mine])
-        return EngineOutput(self.boxes[rows], self.scores[rows], self.labels[rows], self.grids[rows], masks, times_ms)
+        pasted = {row - start: mask for row, mask in self.pasted.items() if start <= row < stop}
+        return EngineOutput(self.boxes[rows], self.scores[rows], self.labels[rows], self.grids[rows], masks, times_ms, pasted)
 
 
 class Engine(Protocol):
@@ -97,7 +102,12 @@ class Engine(Protocol):
         """Free the engine; it cannot run any more."""
 
     def run(
-        self, image: npt.NDArray[np.float32], budget_gmacs: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+        self,
+        image: npt.NDArray[np.float32],
+        budget_gmacs: float | None = None,
+        grid_override: GridOverride = None,
+        min_score: float = 0.0,
+        frames: Sequence[Frame] | None = None,
     ) -> EngineOutput:
         """Detect and segment the images of a run.
 
@@ -106,6 +116,8 @@ class Engine(Protocol):
             budget_gmacs: the largest mean cost of an instance's mask over all images of the run, in GMAC; None or 0 sets no limit.
             grid_override: one value for all slots or `[B * K]`.
             min_score: detections with this score or less are dropped before the mask branch.
+            frames: the B images that the canvases were made of. An engine that can, pastes the masks into them on its device
+                (`EngineOutput.pasted`); without frames all masks are logits.
 
         Raises:
             InputError: no such input, more images or another canvas than the profile has, overrides for another number of slots, or

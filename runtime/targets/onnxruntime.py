@@ -16,6 +16,7 @@ import numpy.typing as npt
 from runtime.bundle import MANIFEST, Bundle, Profile
 from runtime.errors import DynaMaskError, InputError, first_line
 from runtime.graph import DETECTIONS, DETECTOR_INPUTS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
+from runtime.paste import Frame
 from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
 from runtime.targets.ort import ort
 
@@ -108,9 +109,14 @@ class OnnxRuntimeEngine:
         return [tuple(shapes[name]) for name in PYRAMID]
 
     def run(
-        self, image: npt.NDArray[np.float32], budget_gmacs: float | None = None, grid_override: GridOverride = None, min_score: float = 0.0
+        self,
+        image: npt.NDArray[np.float32],
+        budget_gmacs: float | None = None,
+        grid_override: GridOverride = None,
+        min_score: float = 0.0,
+        frames: Sequence[Frame] | None = None,
     ) -> EngineOutput:
-        """As `Engine.run`, for one image on the bundle's canvas; `times_ms` are those of the two sessions."""
+        """As `Engine.run`, for one image on the bundle's canvas; masks are logits, `times_ms` are those of the two sessions."""
         self._check_open()
         check_fits(image.shape, self.profile, self._path, TARGET)
         start = time.perf_counter()

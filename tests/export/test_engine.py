@@ -27,10 +27,11 @@ from export.seams import FACTS
 from export.serialized_engine import build_serialized
 from runtime.bundle import MANIFEST, MODEL, Bundle, Manifest, Profile
 from runtime.errors import DynaMaskError, InputError
-from runtime.graph import INPUTS
+from runtime.graph import GRIDS, INPUTS
 from runtime.targets.registry import open_engine
 from trt_plugins.engine import ENGINE
 from trt_plugins.kernels import KernelLibrary
+from trt_plugins.paste_masks.operator import paste_kernel
 from trt_plugins.tensorrt import load
 
 pytest.importorskip("tensorrt_rtx")
@@ -106,6 +107,7 @@ def test_an_engine_holds_every_kernel_that_its_plugins_launch(built: Any, folder
     assert result["bytes"] == sum(map(len, files.values())) and len(files[ENGINE]) > 100_000
     lowered = lower(to_fp16(portable))
     wanted = {spec.key for placed in lowered.operators for spec in placed.operator.kernels(placed.inputs)}
+    wanted |= {paste_kernel(grid).key for grid in GRIDS}
     assert KernelLibrary.from_files(files).for_device("8.9").keys() == wanted
     assert {row["kernel"] for row in result["kernels"]} == wanted
     assert all(row["compute_capability"] == "8.9" and row["spills"] == 0 and row["shared"] <= 99 * 1024 for row in result["kernels"])

@@ -173,7 +173,7 @@ def _runs(folder: Path) -> bool:
     except DynaMaskError as error:
         _check_sentence(error)
         return False
-    assert len(found) == len(found.scores) == len(found.labels) == len(found.grids) == len(found.logits) == len(found.boxes)
+    assert len(found) == len(found.scores) == len(found.labels) == len(found.grids) == len(found.mask_data) == len(found.boxes)
     assert found.boxes.shape == (len(found), 4) and found.masks.shape == (len(found), 48, 64)
     return True
 

@@ -27,7 +27,7 @@ def make_instances(count: int, size: tuple[int, int], seed: int = 0) -> Instance
         scores=np.linspace(0.99, 0.5, count, dtype=np.float32),
         labels=random.integers(0, 2, count),
         grids=grids,
-        logits=[_disc(int(grid)) for grid in grids],
+        mask_data=[_disc(int(grid)) for grid in grids],
         size=size,
         classes=CLASSES,
         times_ms={"preprocess": 1.0, "detector": 2.0, "masks": 3.0},

@@ -121,7 +121,7 @@ class EngineOfSeveral:
         self.counts = []
         """Of each run, how many canvases."""
 
-    def run(self, image, budget_gmacs=None, grid_override=None, min_score=0.0):
+    def run(self, image, budget_gmacs=None, grid_override=None, min_score=0.0, frames=None):
         count = len(image)
         assert count <= self.profile.batch[-1]
         self.counts.append(count)

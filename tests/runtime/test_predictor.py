@@ -45,14 +45,14 @@ def test_boxes_come_back_in_the_images_pixels_and_inside_it(predictor, synthetic
     np.testing.assert_allclose(found.scores, synthetic.SCORES[:4])
     assert found.labels.tolist() == [1, 0, 1, 0] and found.size == (128, 96)
     assert found.grids.tolist() == [112, 14, 56, 14]
-    assert [logits.shape[0] for logits in found.logits] == found.grids.tolist()
+    assert [logits.shape[0] for logits in found.mask_data] == found.grids.tolist()
     assert set(found.times_ms) == {"preprocess", "detector", "masks"} and min(found.times_ms.values()) > 0
     assert found.to_coco(1)[0]["category_id"] == 3
 
 
 def test_every_mask_goes_to_its_own_instance(predictor):
     # Three quarters of the canvas are white (1 after normalising), the rest 0; to that the graph adds the label.
-    for logits, label in zip(predictor(WHITE).logits, [1, 0, 1, 0], strict=True):
+    for logits, label in zip(predictor(WHITE).mask_data, [1, 0, 1, 0], strict=True):
         np.testing.assert_allclose(logits, 0.75 + label, atol=1e-6)
 
 
@@ -74,7 +74,7 @@ def drawn(*sizes):
 def check_equal(found, expected):
     for name in ("boxes", "scores", "labels", "grids"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    for logits, others in zip(found.logits, expected.logits, strict=True):
+    for logits, others in zip(found.mask_data, expected.mask_data, strict=True):
         np.testing.assert_array_equal(logits, others)
     assert found.size == expected.size and found.times_ms.keys() == expected.times_ms.keys()
 
@@ -84,7 +84,7 @@ def test_a_batch_agrees_with_single_images(predictor, synthetic, options):
     images = drawn((128, 96), (30, 200), (1, 1), (64, 64), (300, 40))
     several = Predictor(predictor.bundle, synthetic.EngineOfSeveral(predictor.engine, 2))
     alone = [predictor(image, **options) for image in images]
-    assert len({logits.flat[0] for found in alone for logits in found.logits}) > 5
+    assert len({logits.flat[0] for found in alone for logits in found.mask_data}) > 5
     for together in (predictor.batch(images, **options), several.batch(images, **options)):
         for found, expected in zip(together, alone, strict=True):
             check_equal(found, expected)

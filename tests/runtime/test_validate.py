@@ -43,7 +43,7 @@ class _Predictor:
             scores=np.linspace(0.9, 0.6, len(labels)).astype(np.float32),
             labels=np.array(labels, np.int64),
             grids=grids,
-            logits=[_disc(grid) for grid in grids],
+            mask_data=[_disc(grid) for grid in grids],
             size=image.shape[:2],
             classes=CLASSES,
         )

@@ -14,8 +14,11 @@ import pytest
 from runtime.bundle import Bundle, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS, INPUTS, OUTPUTS
-from runtime.predictor import Predictor
+from runtime.instances import ClassName
+from runtime.paste import Frame
+from runtime.predictor import Predictor, to_instances
 from runtime.targets.registry import TARGETS, open_engine
+from tests.trt_plugins import host_memory
 from trt_plugins import engine as tensorrt
 from trt_plugins import target as tensorrt_target
 from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
@@ -24,8 +27,10 @@ from trt_plugins.engine import ENGINE, Tensor, TensorRTEngine
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.launcher import KernelLauncher
 from trt_plugins.operator import Buffer, KernelSpec, Launch
+from trt_plugins.paste_masks.operator import paste_kernel
 from trt_plugins.runtime_cache import RuntimeCache
 
+CLASSES = [ClassName(1, "a"), ClassName(2, "b"), ClassName(3, "c")]
 PLAN = b"an engine for this GPU"
 SIDE, SLOTS = 64, 6
 ONE = Profile(canvas=((SIDE, SIDE),) * 3)
@@ -33,6 +38,7 @@ PAIRS = Profile(batch=(2, 2, 2), canvas=((SIDE, SIDE),) * 3)
 SEVERAL = Profile(batch=(1, 2, 3), canvas=((SIDE, SIDE),) * 3)
 CANVASES = Profile(batch=(1, 2, 3), canvas=((32, 64), (64, 64), (64, 96)))
 FILL = KernelSpec(DETECTIONS_KERNELS, "fill_slots", (("x", "*fp16"), ("n", "i32"), ("least", "fp32"), ("offset", "i64")), (("BLOCK", 64),))
+PASTE = "paste_masks_"
 ROUTE = KernelSpec("trt_plugins.msm_route.kernel", "route", (("x", "*i64"),))
 
 
@@ -40,6 +46,9 @@ def compiled(spec, compute_capability="8.6", **changes):
     fields = {"entry": spec.function, "num_warps": spec.num_warps, "shared": 512, "global_scratch": 0, "profile_scratch": 0}
     fields |= {"registers": 32, "spills": 0, "cubin": b"cubin"} | changes
     return CompiledKernel(key=spec.key, compute_capability=compute_capability, signature=spec.signature, **fields)
+
+
+KERNELS = (compiled(FILL), compiled(ROUTE), *(compiled(paste_kernel(grid), entry=f"{PASTE}{grid}") for grid in GRIDS))
 
 
 class FakeDriver:
@@ -113,7 +122,10 @@ class FakeDriver:
 
     def launch(self, kernel, grid, stream, arguments):
         entry, letters = kernel
-        self.launches.append((entry, grid, stream, struct.unpack(letters, struct.pack(letters, *arguments))))
+        packed = struct.unpack(letters, struct.pack(letters, *arguments))
+        self.launches.append((entry, grid, stream, packed))
+        if entry.startswith(PASTE):
+            host_memory.paste(int(entry.removeprefix(PASTE)), grid[0], *packed[:7])
 
 
 class FakeContext:
@@ -262,7 +274,7 @@ def bundle(synthetic, tmp_path, monkeypatch):
     return add_engine(synthetic.create(tmp_path / "a.bundle"))
 
 
-def add_engine(bundle, target="tensorrt-rtx", plan=PLAN, kernels=(compiled(FILL), compiled(ROUTE)), profile=None):
+def add_engine(bundle, target="tensorrt-rtx", plan=PLAN, kernels=KERNELS, profile=None):
     files = {ENGINE: plan, **KernelLibrary(kernels).to_files()}
     bundle.add_engine(target, files, "fp32", {target: "1.2.3", "triton": "3.6.0"}, profile)
     return bundle
@@ -472,6 +484,22 @@ def test_a_predictors_batch_agrees_with_single_images(several, bundle, profile):
         assert found.size == image.shape[:2]
         for name in ("scores", "labels", "grids"):
             np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("profile", [ONE, PAIRS, SEVERAL], ids=str)
+def test_masks_pasted_on_the_device_are_those_of_the_host(several, profile):
+    """Each image has its own frame; logits are all above 0 or all below, so that a mask is the whole box or nothing."""
+    most = profile.batch[-1]
+    frames = [Frame(0.5 + 0.25 * index, (90 + 10 * index, 70)) for index in range(most)]
+    with several(profile) as engine:
+        values = [0.9, -0.4, 0.3][:most]
+        on_host = engine.run(image(*values), budget_gmacs=-4.0).per_image(most)
+        on_device = engine.run(image(*values), budget_gmacs=-4.0, frames=frames).per_image(most)
+    for host, device, frame in zip(on_host, on_device, frames, strict=True):
+        wanted, found = (to_instances(output, frame, CLASSES, {}) for output in (host, device))
+        assert not device.masks and len(device.pasted) == len(found) == len(wanted)
+        np.testing.assert_array_equal(found.boxes, wanted.boxes)
+        np.testing.assert_array_equal(found.masks, wanted.masks)
 
 
 def test_times_part_where_the_detections_are_done(bundle, install):

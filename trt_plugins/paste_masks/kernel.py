@@ -1,4 +1,4 @@
-"""The kernel of PasteMasks: each program writes one block of words, 32 pixels of a row each, of one instance's mask."""
+"""The kernel of PasteMasks: each program writes one block of words, 32 pixels of a row each, of one instance's crop."""
 
 # mypy: ignore-errors
 # Triton's language is untyped.
@@ -11,32 +11,37 @@ import triton.language as tl
 def paste_masks(
     logits,
     boxes,
+    windows,
+    owners,
     bits,
-    height,
-    width,
+    instances,
+    total_words,
     SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
-    """`bits [n, height, words]` of `logits [n, SIZE, SIZE]` in `boxes [n, 4]`: bit b of word w of a row is its pixel 32 w + b.
+    """`bits [total_words]` of `logits [instances, SIZE, SIZE]`; the arguments are those of the operator `PasteMasks`.
 
-    The grid has one axis: blocks of words within blocks of rows within instances.
+    Program i works on instance `owners[i]`. What lies outside of the arrays is neither read nor written, whatever the windows say.
     """
-    words = (width + 31) // 32
-    word_blocks = tl.cdiv(words, BLOCK_WORDS)
-    row_blocks = tl.cdiv(height, BLOCK_ROWS)
     program = tl.program_id(0)
-    instance = (program // (row_blocks * word_blocks)).to(tl.int64)
-    rows = program // word_blocks % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    first_word = program % word_blocks * BLOCK_WORDS
-    columns = 32 * first_word + tl.arange(0, 32 * BLOCK_WORDS)
+    owner = tl.load(owners + program)
+    exists = (owner >= 0) & (owner < instances)
+    instance = tl.where(exists, owner, 0).to(tl.int64)
+    window = windows + 6 * instance
+    left, top, width, height = tl.load(window), tl.load(window + 1), tl.load(window + 2), tl.load(window + 3)
+    first_word, first_block = tl.load(window + 4), tl.load(window + 5)
+    words = (width + 31) // 32
+    word_blocks = tl.maximum(tl.cdiv(words, BLOCK_WORDS), 1)
+    block = program - first_block
+    rows = block // word_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = block % word_blocks * BLOCK_WORDS
+    columns = 32 * word + tl.arange(0, 32 * BLOCK_WORDS)
+    inside = (exists & (rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
 
-    left, top = tl.load(boxes + 4 * instance), tl.load(boxes + 4 * instance + 1)
-    right, bottom = tl.load(boxes + 4 * instance + 2), tl.load(boxes + 4 * instance + 3)
-    upper, of_upper, of_lower, inside_rows = _cells(rows, top, bottom, height, SIZE)
-    before, of_before, of_after, inside_columns = _cells(columns, left, right, width, SIZE)
-    inside = inside_rows[:, None] & inside_columns[None, :]
-
+    box = boxes + 4 * instance
+    upper, of_upper, of_lower = _cells(top + rows, tl.load(box + 1), tl.load(box + 3), SIZE)
+    before, of_before, of_after = _cells(left + columns, tl.load(box), tl.load(box + 2), SIZE)
     mask = logits + instance * SIZE * SIZE
     probability = of_upper[:, None] * of_before[None, :] * _probability(mask, upper, before, inside, SIZE)
     probability += of_upper[:, None] * of_after[None, :] * _probability(mask, upper, before + 1, inside, SIZE)
@@ -45,22 +50,23 @@ def paste_masks(
     covered = tl.reshape((inside & (probability > 0.5)).to(tl.int32), [BLOCK_ROWS, BLOCK_WORDS, 32])
     # Each term has a bit of its own: the sum is their union.
     packed = tl.sum(covered << tl.arange(0, 32)[None, None, :], axis=2)
-    target = first_word + tl.arange(0, BLOCK_WORDS)
-    places = (instance * height + rows)[:, None] * words + target[None, :]
-    tl.store(bits + places, packed, mask=(rows < height)[:, None] & (target < words)[None, :])
+    target = word + tl.arange(0, BLOCK_WORDS)
+    places = first_word.to(tl.int64) + rows[:, None].to(tl.int64) * words + target[None, :]
+    writable = (exists & (rows >= 0) & (rows < height))[:, None] & ((target >= 0) & (target < words))[None, :]
+    tl.store(bits + places, packed, mask=writable & (places >= 0) & (places < total_words))
 
 
 @triton.jit
-def _cells(pixels, start, end, limit, SIZE: tl.constexpr):
-    """Along one axis: the first of the two cells around each pixel's centre, their weights, and whether the centre is in box and frame."""
-    centre = pixels.to(tl.float32) + 0.5
+def _cells(pixels, start, end, SIZE: tl.constexpr):
+    """Along one axis: the first of the two cells around each pixel's centre, and their weights."""
     extent = end - start
-    inside = (centre >= start) & (centre < end) & (pixels < limit)
-    # No pixel's centre is in a box without extent; its step must only not be a division by 0.
-    position = tl.where(inside, (centre - start) * tl.div_rn(SIZE * 1.0, tl.where(extent > 0, extent, 1.0)) - 0.5, 0.0)
+    # A box without extent has no pixels; its step must only not be a division by 0.
+    position = (pixels.to(tl.float32) + 0.5 - start) * tl.div_rn(SIZE * 1.0, tl.where(extent > 0, extent, 1.0)) - 0.5
+    # Pixels outside the box have no weight; their positions must only fit an integer.
+    position = tl.minimum(tl.maximum(position, -2.0), SIZE + 1.0)
     first = tl.floor(position)
     to_next = position - first
-    return first.to(tl.int32), 1.0 - to_next, to_next, inside
+    return first.to(tl.int32), 1.0 - to_next, to_next
 
 
 @triton.jit

@@ -22,11 +22,6 @@ def paste_masks(logits: npt.NDArray[Any], boxes: npt.NDArray[np.float32], height
     return masks
 
 
-def unpack(bits: npt.NDArray[np.int32], width: int) -> npt.NDArray[np.bool_]:
-    """`bits [n, height, words]` -> masks `[n, height, width] bool`."""
-    return np.unpackbits(bits.view(np.uint8), axis=-1, count=width, bitorder="little").astype(bool)
-
-
 def _weights(pixels: int, start: float, end: float, cells: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Along one axis: each pixel's weights of the cells `[pixels, cells]`, and whether its centre is in the box."""
     centre = np.arange(pixels) + 0.5
