@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from runtime.errors import InputError
+from runtime.errors import InputError, shortened
 from runtime.graph import GRIDS, MSM, SIZE_BASED
 
 ROUTED = "routed"
@@ -54,7 +54,7 @@ def parse_policy(policy: str | Policy, grid_gmacs: Mapping[int, float]) -> Polic
         return Policy(policy, _budget_gmacs(policy, budget, max(grid_gmacs.values())) if at else 0.0)
     overrides = {f"uniform-{grid}": index for index, grid in enumerate(GRIDS)} | {"size-based": SIZE_BASED}
     if policy not in overrides:
-        raise InputError(f"{policy!r} is not a grid policy; take routed, routed@50%, routed@0.6gmac, {', '.join(overrides)}.")
+        raise InputError(f"{shortened(policy)!r} is not a grid policy; take routed, routed@50%, routed@0.6gmac, {', '.join(overrides)}.")
     return Policy(policy, grid_override=overrides[policy])
 
 
@@ -68,7 +68,7 @@ def _budget_gmacs(policy: str, text: str, largest_gmacs: float) -> float:
         budget_gmacs = 0.0
     if not (budget_gmacs > 0 and math.isfinite(budget_gmacs)):
         raise InputError(
-            f"{policy!r} has no budget that can be kept: write a percentage of the largest grid's cost (routed@50%) "
+            f"{shortened(policy)!r} has no budget that can be kept: write a percentage of the largest grid's cost (routed@50%) "
             "or the mean GMAC per instance (routed@0.6gmac)."
         )
     return budget_gmacs

@@ -20,7 +20,7 @@ MAX_SECONDS = 10.0
 _SAVED = 3
 """Inputs saved of each finding."""
 _START_SECONDS = 120.0
-"""For imports and the making of sound files."""
+"""For imports, and for making inputs."""
 
 
 class Campaign:
@@ -83,7 +83,8 @@ class Campaign:
             if used > MAX_BYTES:
                 return f"more than {MAX_BYTES / 1024**3:.0f} GB of memory"
             if message is not None:
-                running_since, limit = time.monotonic(), MAX_SECONDS
+                # Between inputs, Hypothesis makes the next ones, and may make many that were seen before.
+                running_since, limit = time.monotonic(), MAX_SECONDS if message.outcome == "begun" else _START_SECONDS
                 if (fault := self._take(message)) is not None:
                     return fault
             elif time.monotonic() - running_since > limit:

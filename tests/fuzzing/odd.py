@@ -57,7 +57,8 @@ def changed_trees(draw: st.DrawFn, tree: Any) -> Any:
         container, key = draw(st.sampled_from(places))
         change = draw(st.integers(0, 11))
         if change < 6:
-            container[key] = draw(odd_values)
+            # A copy: later changes may be made inside of it.
+            container[key] = copy.deepcopy(draw(odd_values))
         elif change < 8:
             del container[key]
         elif change < 10:
@@ -65,7 +66,7 @@ def changed_trees(draw: st.DrawFn, tree: Any) -> Any:
             # A copy: an earlier change may have removed the place itself.
             container[key] = copy.deepcopy(other[name]) if name in (other if isinstance(other, dict) else range(len(other))) else None
         elif change == 10 and isinstance(container, dict):
-            container[draw(st.sampled_from([*ODD_TEXTS, "schema_version", "engines", "files"]))] = draw(odd_values)
+            container[draw(st.sampled_from([*ODD_TEXTS, "schema_version", "engines", "files"]))] = copy.deepcopy(draw(odd_values))
         else:
             for _ in range(draw(st.sampled_from([2, 10, 40]))):
                 container[key] = [container[key]]
