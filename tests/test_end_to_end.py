@@ -10,14 +10,17 @@ import onnx
 import onnx.utils
 import onnxruntime
 import pytest
+import torch
 
 import dynamask
 from cli.demo import carried_checkpoint
 from cli.main import main
 from dynamask.data.shapes import draw_image, write_dataset, write_video
+from dynamask.train.checkpoint import load_model
 from export.deform_conv_fallback import replace_deform_conv
 from export.export import export_bundle
 from export.onnxruntime_engine import build_onnxruntime
+from export.parity import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE
 from runtime.bundle import MODEL, Bundle
 from runtime.coco import read_coco
 from runtime.errors import InputError
@@ -201,6 +204,22 @@ def test_predict_stream_and_load_agree_on_one_image(
     assert len(found) > 3
     assert record["detections"] == found
     assert [{key: value for key, value in detection.items() if key != "class"} for detection in frame["detections"]] == found
+
+
+def test_the_model_agrees_with_its_bundle(bundle: Path, predictor: Predictor) -> None:
+    """On images of two sizes, neither of them of the canvas's shape."""
+    model = load_model(carried_checkpoint())[0]
+    images = [draw_image(np.random.default_rng([3, i]), *size)[0] for i, size in enumerate([(240, 416), (400, 300)])]
+    found = model([torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in images])
+    for image, ours in zip(images, found, strict=True):
+        theirs = predictor(image)
+        scale = min(size / side for size, side in zip(predictor.bundle.manifest.canvas, image.shape[:2], strict=True))
+        assert len(theirs) > 5
+        np.testing.assert_allclose(ours["boxes"].numpy(), theirs.boxes, atol=BOX_TOLERANCE / scale, rtol=0)
+        np.testing.assert_allclose(ours["scores"].numpy(), theirs.scores, atol=SCORE_TOLERANCE, rtol=0)
+        assert ours["labels"].tolist() == (theirs.labels + 1).tolist() and ours["grids"].tolist() == theirs.grids.tolist()
+        clear = np.abs(ours["masks"][:, 0].numpy() - 0.5) > 10 * MASK_TOLERANCE
+        assert ((ours["masks"][:, 0].numpy() > 0.5) == theirs.masks)[clear].all()
 
 
 def test_a_changed_byte_is_refused(bundle: Path, folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_full_disk_under_standard_output_is_a_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_help_and_tables_print_in_any_encoding(encoding: str) -> None:
-    commands = [["--help"], ["stream", "--help"], ["validate", "--help"], ["doctor"], ["flops"]]
+    commands = [["--help"], ["stream", "--help"], ["validate", "--help"], ["doctor"], ["flops", "--model", "lite0"]]
     program = f"import sys, cli.main; sys.exit(max([cli.main.main(arguments) for arguments in {commands}]))"
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
     assert ran.returncode == 0, ran.stderr

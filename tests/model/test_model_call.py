@@ -1,4 +1,4 @@
-"""`model(images)` in evaluation mode: what torchvision's detectors give, and what the exported bundle gives."""
+"""`model(images)` in evaluation mode gives results as torchvision's detectors do; tests/test_end_to_end.py compares it with its bundle."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ import dynamask
 from dynamask.data.shapes import draw_image
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
-from export.engine import build_engine
-from export.export import export_bundle
-from export.parity import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE
 from runtime.errors import InputError
 from runtime.paste import probability_crop
 
@@ -39,22 +36,6 @@ def images() -> list[np.ndarray]:
 
 def tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).float() / 255
-
-
-def test_the_model_agrees_with_its_bundle(model: DynaMask, images: list[np.ndarray], tmp_path: Path) -> None:
-    export_bundle(CHECKPOINT, tmp_path / "bundle")
-    build_engine(tmp_path / "bundle", "onnxruntime")
-    found = model([tensor(image) for image in images])
-    with dynamask.load(tmp_path / "bundle", threads=1) as predictor:
-        for image, ours in zip(images, found, strict=True):
-            theirs = predictor(image)
-            scale = min(size / side for size, side in zip(model.sizes.canvas, image.shape[:2], strict=True))
-            assert len(theirs) > 5
-            np.testing.assert_allclose(ours["boxes"].numpy(), theirs.boxes, atol=BOX_TOLERANCE / scale, rtol=0)
-            np.testing.assert_allclose(ours["scores"].numpy(), theirs.scores, atol=SCORE_TOLERANCE, rtol=0)
-            assert ours["labels"].tolist() == (theirs.labels + 1).tolist() and ours["grids"].tolist() == theirs.grids.tolist()
-            clear = np.abs(ours["masks"][:, 0].numpy() - 0.5) > 10 * MASK_TOLERANCE
-            assert ((ours["masks"][:, 0].numpy() > 0.5) == theirs.masks)[clear].all()
 
 
 def test_results_have_torchvisions_form(model: DynaMask, images: list[np.ndarray]) -> None:
