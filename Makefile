@@ -1,4 +1,4 @@
-# make demo | test | test-lowest | lint | docs | test-gpu | clean. The first call makes .venv with the pinned packages of constraints.txt.
+# make demo | test | test-slow | test-lowest | lint | docs | test-gpu | clean. The first call makes .venv with the pinned packages of constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +10,14 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Two workers by default: give WORKERS=8 on a larger machine.
 WORKERS ?= 2
 
-.PHONY: demo test test-lowest lint docs fuzz test-gpu clean
+.PHONY: demo test test-slow test-lowest lint docs fuzz test-gpu clean
 .DEFAULT_GOAL := help
 .PHONY: help
 
 help:
 	@echo "make demo        the whole pipeline on generated images: export, engine, video, validation, report (in demo/)"
 	@echo "make test        lint, types and tests"
+	@echo "make test-slow   the tests that take minutes: a whole engine of lite0 on host memory"
 	@echo "make test-lowest the tests with the lowest versions that pyproject.toml allows, in an environment of their own"
 	@echo "make lint        lint, spelling, types and the direction of imports only"
 	@echo "make docs        the documentation as a site (in site/)"
@@ -72,6 +73,9 @@ docs: $(READY)
 
 test: lint
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --durations 15
+
+test-slow: $(READY)
+	$(BIN)/pytest --numprocesses $(WORKERS) --durations 15 -m minutes
 
 test-lowest: $(LOWEST)/.installed
 	$(LOWEST)/bin/pytest --numprocesses $(WORKERS) --dist loadfile --durations 15

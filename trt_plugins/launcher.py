@@ -8,7 +8,7 @@ from typing import Any
 from runtime.errors import DynaMaskError, InputError
 from trt_plugins.detections.operator import KERNELS as DETECTIONS_KERNELS
 from trt_plugins.driver import Driver
-from trt_plugins.kernels import CompiledKernel
+from trt_plugins.kernels import CompiledKernel, KernelInfo
 from trt_plugins.operator import Buffer, KernelSpec, Launch
 
 _LETTERS = {"i32": "i", "i64": "q", "fp32": "f"}
@@ -62,5 +62,9 @@ class KernelLauncher:
             raise InputError(f"The engine was built by another version of DynaMask, without the kernel {spec.key}; {self._remedy}")
         if kernel.global_scratch or kernel.profile_scratch:
             raise DynaMaskError(f"The kernel {spec.key} needs scratch memory of Triton, which engines do not have.")
-        letters = "".join("P" if kind.startswith("*") else _LETTERS[kind] for _, kind in kernel.signature)
-        return self._driver.load_kernel(kernel.cubin, kernel.entry, letters + "PP", 32 * kernel.num_warps, kernel.shared)
+        return self._driver.load_kernel(kernel.cubin, kernel.entry, argument_types(kernel), 32 * kernel.num_warps, kernel.shared)
+
+
+def argument_types(kernel: KernelInfo) -> str:
+    """The types of a kernel's arguments for `Driver.load_kernel`: those of its signature, and two pointers to Triton's scratch memory."""
+    return "".join("P" if kind.startswith("*") else _LETTERS[kind] for _, kind in kernel.signature) + "PP"

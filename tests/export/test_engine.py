@@ -25,34 +25,18 @@ from export.lowering import lower
 from export.precision import to_fp16
 from export.seams import FACTS
 from export.serialized_engine import build_serialized
-from runtime.bundle import MANIFEST, MODEL, Bundle, Manifest, Profile
+from runtime.bundle import MANIFEST, MODEL, Bundle, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS, INPUTS
 from runtime.targets.registry import open_engine
+from tests.export.portable import create_bundle
+from tests.trt_plugins.cubin import check_contract
 from trt_plugins.engine import ENGINE
 from trt_plugins.kernels import KernelLibrary
 from trt_plugins.paste_masks.operator import paste_kernel
 from trt_plugins.tensorrt import load
 
 pytest.importorskip("tensorrt_rtx")
-
-
-def create_bundle(folder: Path, graph: onnx.ModelProto, model: DynaMask) -> Path:
-    onnx.save(graph, folder / "graph.onnx")
-    config = model.config.model
-    manifest = {
-        "preset": "small",
-        "classes": model.classes,
-        "canvas": config.canvas,
-        "mean": config.mean,
-        "std": config.std,
-        "detections": config.detections,
-        "score_threshold": config.score_threshold,
-        "grid_gmacs": {14: 0.1, 28: 0.2, 56: 0.3, 112: 0.4},
-        "msm_gmacs": 0.01,
-    }
-    Bundle.create(folder / "bundle", Manifest.model_validate(manifest), {MODEL: folder / "graph.onnx"})
-    return folder / "bundle"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +92,10 @@ def test_an_engine_holds_every_kernel_that_its_plugins_launch(built: Any, folder
     lowered = lower(to_fp16(portable))
     wanted = {spec.key for placed in lowered.operators for spec in placed.operator.kernels(placed.inputs)}
     wanted |= {paste_kernel(grid).key for grid in GRIDS}
-    assert KernelLibrary.from_files(files).for_device("8.9").keys() == wanted
+    library = KernelLibrary.from_files(files)
+    assert library.for_device("8.9").keys() == wanted
+    for kernel in library.kernels:
+        check_contract(kernel)
     assert {row["kernel"] for row in result["kernels"]} == wanted
     assert all(row["compute_capability"] == "8.9" and row["spills"] == 0 and row["shared"] <= 99 * 1024 for row in result["kernels"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,11 @@ from export.seams import RPN_DELTAS, RPN_LOGITS, GraphFacts
 from runtime.bundle import Profile
 from runtime.errors import InputError
 from runtime.graph import CONTINUE, DETECTIONS, EXIT, GRIDS, PYRAMID, SLOTS
+from tests.export.interpreter import Arrays, Interpreter
 from tests.export.portable import CANVAS
 from tests.export.sessions import open_session, runnable
 from trt_plugins.registry import DOMAIN, OPERATORS
 
-Arrays = dict[str, npt.NDArray[Any]]
 FACTS = GraphFacts(
     canvas=(64, 96),
     strides=(4, 8, 16, 32, 64),
@@ -419,56 +419,15 @@ def reference(name: str, inputs: list[torch.Tensor], values: dict[str, Any]) -> 
     return msm_route(*inputs, **{key: value for key, value in values.items() if key != "batch"})
 
 
-class Interpreter:
-    """Runs a lowered graph without TensorRT: standard nodes in ONNX Runtime, a stretch at a time, the others by their references."""
+def interpreter(lowered: Lowered) -> Interpreter:
+    """Runs a lowered graph with the operators' references."""
+    operators = {placed.operator.node: placed.operator for placed in lowered.operators}
 
-    def __init__(self, lowered: Lowered) -> None:
-        self.model = lowered.model
-        graph = lowered.model.graph
-        self.operators = {placed.operator.node: placed.operator for placed in lowered.operators}
-        self.constants: Arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-        self.types = {value.name: value for value in (*graph.input, *graph.value_info, *graph.output)}
-        self.stretches = [self._stretch(nodes) for nodes in self._split(list(graph.node))]
+    def run_operator(node: onnx.NodeProto, arrays: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        operator = operators[node.name]
+        return [tensor.numpy() for tensor in reference(operator.name, [torch.from_numpy(np.array(x)) for x in arrays], operator.values)]
 
-    def _split(self, nodes: list[onnx.NodeProto]) -> Iterator[list[onnx.NodeProto]]:
-        pending: list[onnx.NodeProto] = []
-        for node in nodes:
-            if node.domain == DOMAIN:
-                yield pending
-                yield [node]
-                pending = []
-            else:
-                pending.append(node)
-        yield pending
-
-    def _stretch(self, nodes: list[onnx.NodeProto]) -> Callable[[Arrays], Arrays]:
-        if not nodes:
-            return lambda values: {}
-        if nodes[0].domain == DOMAIN:
-            return lambda values: self._run_operator(nodes[0], values)
-        made = [name for node in nodes for name in node.output]
-        taken = [name for name in dict.fromkeys(name for node in nodes for name in node.input) if name and name not in made]
-        initializers = [onnx.numpy_helper.from_array(self.constants[name], name) for name in taken if name in self.constants]
-        inputs = [self.types[name] for name in taken if name not in self.constants]
-        graph = helper.make_graph(nodes, "stretch", inputs, [self.types[name] for name in made], initializers)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        session = open_session(model)
-        return lambda values: dict(zip(made, session.run(made, {value.name: values[value.name] for value in inputs}), strict=True))
-
-    def _run_operator(self, node: onnx.NodeProto, values: Arrays) -> Arrays:
-        operator = self.operators[node.name]
-        inputs = [torch.from_numpy(np.array(values[name])) for name in node.input]
-        outputs = reference(operator.name, inputs, operator.values)
-        found = {name: tensor.numpy() for name, tensor in zip(node.output, outputs, strict=True)}
-        for name, array in found.items():
-            assert array.dtype == helper.tensor_dtype_to_np_dtype(self.types[name].type.tensor_type.elem_type), name
-        return found
-
-    def run(self, feeds: Arrays) -> Arrays:
-        values = {**self.constants, **feeds}
-        for stretch in self.stretches:
-            values |= stretch(values)
-        return {value.name: values[value.name] for value in self.model.graph.output}
+    return Interpreter(lowered.model, run_operator)
 
 
 def feeds(budget: float = 0.0, override: npt.ArrayLike = -1, min_score: float = 0.0) -> Arrays:
@@ -498,12 +457,12 @@ def half(portable: onnx.ModelProto) -> onnx.ModelProto:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_lowered_graph_agrees_with_the_portable_one(portable: onnx.ModelProto, half: onnx.ModelProto, precision: str) -> None:
     model = portable if precision == "fp32" else half
-    interpreter = Interpreter(lower(model))
+    lowered_graph = interpreter(lower(model))
     session = open_session(runnable(portable) if precision == "fp32" else to_fp16(runnable(portable)))
     outputs = [value.name for value in session.get_outputs()]
     counts = {}
     for name, values in CASES.items():
-        wanted, found = dict(zip(outputs, session.run(None, values), strict=True)), interpreter.run(values)
+        wanted, found = dict(zip(outputs, session.run(None, values), strict=True)), lowered_graph.run(values)
         counts[name] = [len(wanted[slots]) for slots in SLOTS]
         assert list(found) == outputs
         # Half precision: logits of the two differ in the last bits of fp16, as ONNX Runtime computes some operators in fp32.
@@ -515,7 +474,7 @@ def test_the_lowered_graph_agrees_with_the_portable_one(portable: onnx.ModelProt
 
 def test_a_batch_agrees_with_each_image_alone(portable: onnx.ModelProto) -> None:
     session = open_session(runnable(portable))
-    interpreter = Interpreter(lower(portable, Profile(batch=(1, 2, 4), canvas=(CANVAS,) * 3)))
+    lowered_graph = interpreter(lower(portable, Profile(batch=(1, 2, 4), canvas=(CANVAS,) * 3)))
     outputs = [value.name for value in session.get_outputs()]
     images = np.random.default_rng(6).standard_normal((3, 1, 3, *CANVAS), np.float32)
     images[1] = 0  # Nothing is found in a blank image, between two that have something.
@@ -525,7 +484,7 @@ def test_a_batch_agrees_with_each_image_alone(portable: onnx.ModelProto) -> None
         dict(zip(outputs, session.run(None, {**common, "image": image, "grid_override": row}), strict=True))
         for image, row in zip(images, overrides, strict=True)
     ]
-    together = interpreter.run({**common, "image": images[:, 0], "grid_override": overrides.reshape(-1)})
+    together = lowered_graph.run({**common, "image": images[:, 0], "grid_override": overrides.reshape(-1)})
     counts = [sum(len(found[slots]) for slots in SLOTS) for found in alone]
     assert counts[1] < min(counts[0], counts[2])
     for image, found in enumerate(alone):
@@ -546,7 +505,7 @@ def test_another_canvas_agrees_with_a_graph_of_that_canvas(model: DynaMask, port
     wanted = dict(zip([value.name for value in session.get_outputs()], session.run(None, values), strict=True))
     assert min(len(wanted[slots]) for slots in SLOTS) > 0
     for canvases in (((64, 96), (128, 160), (160, 192)), (canvas,) * 3):
-        found = Interpreter(lower(portable, Profile(canvas=canvases))).run(values)
+        found = interpreter(lower(portable, Profile(canvas=canvases))).run(values)
         for name, array in wanted.items():
             np.testing.assert_allclose(found[name], array, atol=1e-3, rtol=1e-3, err_msg=name)
 

@@ -9,8 +9,9 @@ import pytest
 from export.engine import build_engine
 from export.export import export_bundle
 from runtime.bundle import Bundle
+from tests.trt_plugins.cubin import check_contract
 from trt_plugins.engine import ENGINE
-from trt_plugins.kernels import COMPUTE_CAPABILITIES
+from trt_plugins.kernels import COMPUTE_CAPABILITIES, KernelLibrary
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -38,3 +39,6 @@ def test_the_engine_is_built_and_its_kernels_keep_within_bounds(bundle: Path, pr
     by_capability = {cc: {k["kernel"] for k in compiled if k["compute_capability"] == cc} for cc in COMPUTE_CAPABILITIES}
     assert all(kernels == by_capability["8.0"] and len(kernels) > 10 for kernels in by_capability.values())
     assert [k for k in compiled if k["spills"] or k["registers"] > 255 or k["shared"] > SHARED_BYTES] == []
+    files = {name.removeprefix("engines/tensorrt-rtx/"): (bundle / name).read_bytes() for name in entry.files}
+    for kernel in KernelLibrary.from_files(files).kernels:
+        check_contract(kernel)

@@ -11,12 +11,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import DynaMaskError, InputError
+from tests.trt_plugins.cubin import check_contract
 from tests.trt_plugins.toy import Toy
 from trt_plugins import aot
 from trt_plugins.kernels import COMPUTE_CAPABILITIES, CompiledKernel, KernelLibrary
@@ -51,6 +53,29 @@ def test_kernels_are_compiled_for_gpus_that_are_not_there(library: KernelLibrary
         assert kernel.registers is None or 0 < kernel.registers < 256
         assert kernel.spills in (None, 0)
         assert str(REPOSITORY).encode() not in kernel.cubin
+
+
+def test_cubins_take_the_launches_that_are_made(library: KernelLibrary) -> None:
+    for kernel in library.kernels:
+        check_contract(kernel)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"signature": SPECS[0].signature[:-1]},
+        {"signature": (*SPECS[0].signature[:-1], ("threshold", "i64"))},
+        {"num_warps": 2},
+        {"shared": 49 * 1024},
+        {"profile_scratch": 128},
+        {"compute_capability": "8.9"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_cubin_that_breaks_the_contract_is_found(library: KernelLibrary, change: dict[str, Any]) -> None:
+    kernel = library.for_device("8.6")[SPECS[0].key]
+    with pytest.raises(AssertionError):
+        check_contract(kernel.model_copy(update=change))
 
 
 def test_cubins_of_another_targets_ptx_are_those_of_triton(library: KernelLibrary, tmp_path: Path) -> None:
