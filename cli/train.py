@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ def train(
 
     Example: dynamask train --config lite0-shapes --output runs/shapes --set train.phase2_epochs=0.5
     """
-    from dynamask.config import CONFIGS, EARLIER_NAMES, load_config, load_run_config
+    from dynamask.config import CONFIGS, load_config, load_run_config
     from dynamask.train.trainer import train as run_training
     from runtime.errors import INTERRUPTED, InputError
     from runtime.files import write_json
@@ -47,9 +48,8 @@ def train(
     overrides = parse_assignments(assignments or [])
     if weights is not None:
         overrides["weights"] = weights
-    for earlier in overrides.keys() & EARLIER_NAMES.keys():
-        typer.echo(f"{earlier} is now {EARLIER_NAMES[earlier]}; its earlier name is still read.", err=True)
-    loaded = load_run_config(output, overrides) if config is None else load_config(config, overrides)
+    notify = functools.partial(typer.echo, err=True)
+    loaded = load_run_config(output, overrides, notify) if config is None else load_config(config, overrides, notify)
     result = run_training(loaded, output, resume)
     if not result:  # one of several processes, but not the one that reports
         return

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dynamask.config import NO_EFFECT_ON_WEIGHTS, Config, first_difference, first_error, load_config, load_run_config, read_yaml
+from dynamask.config import (
+    NO_EFFECT_ON_WEIGHTS,
+    Config,
+    current_overrides,
+    first_difference,
+    first_error,
+    load_config,
+    load_run_config,
+    read_yaml,
+)
 from dynamask.data.coco import LabelledDataset
 from dynamask.model import DynaMask
 from dynamask.train.checkpoint import load_model
@@ -26,6 +36,8 @@ from runtime.graph import GRIDS
 from runtime.policies import parse_policy
 
 IOU_TYPES = ("bbox", "segm", "boundary")
+Overrides = Annotated[dict[str, Any], AfterValidator(functools.partial(current_overrides, where="set"))]
+"""Fields by their path, under the names of this version."""
 
 
 class _Strict(BaseModel):
@@ -36,7 +48,7 @@ class Row(_Strict):
     """A model to train and evaluate, or other policies for the models of another row."""
 
     name: str = Field(min_length=1)
-    overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
+    overrides: Overrides = Field(default_factory=dict, alias="set")
     """Fields that differ from the plan's: `{"model.fusion": "add"}`."""
     source: str | None = Field(default=None, alias="from")
     """Name of the row whose checkpoints are evaluated; None trains models of its own."""
@@ -62,7 +74,7 @@ class Plan(_Strict):
 
     base: str
     """The configuration of every row: a name or a YAML file, as `dynamask train --config` takes it."""
-    overrides: dict[str, Any] = Field(default_factory=dict, alias="set")
+    overrides: Overrides = Field(default_factory=dict, alias="set")
     """Fields in which every row differs from `base`."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     """`train.seed` of the runs of each row."""
@@ -142,6 +154,8 @@ def read_plan(path: Path) -> Plan:
         plan = Plan.model_validate(read_yaml(path))
     except ValidationError as error:
         raise InputError(f"{path}: {first_error(error)}; write it as in docs/training.md.") from error
+    except InputError as error:
+        raise InputError(f"{path}, {error}") from error
     try:
         for row in plan.rows:
             for seed in plan.seeds_of(row):

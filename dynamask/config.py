@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -335,15 +336,16 @@ EARLIER_NAMES = {
 """Fields by the names that they had in earlier versions: checkpoints, YAML files and `--set` may still use them."""
 
 
-def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(name_or_file: str, overrides: dict[str, Any] | None = None, notify: Callable[[str], None] | None = None) -> Config:
     """Load the configuration of a training run.
 
     Args:
         name_or_file: a name of `dynamask.config.CONFIGS` or a YAML file (docs/training.md).
         overrides: fields to change, by their path: `{"train.batch": 3}`.
+        notify: called with a sentence for each field that is given by the name it had in an earlier version (`EARLIER_NAMES`).
 
     Raises:
-        InputError: no such name or file, not YAML, or a field that does not exist or does not fit.
+        InputError: no such name or file, not YAML, a field that does not exist or does not fit, or one that is given by both its names.
 
     Example:
         >>> config = dynamask.load_config("lite0-coco", {"train.batch": 2})
@@ -353,14 +355,18 @@ def load_config(name_or_file: str, overrides: dict[str, Any] | None = None) -> C
     if name_or_file in CONFIGS:
         tree = CONFIGS[name_or_file].model_dump(mode="json")
     elif Path(name_or_file).is_file():
-        tree = with_current_names(_read_fields(Path(name_or_file)), name_or_file)
+        tree = with_current_names(_read_fields(Path(name_or_file)), name_or_file, notify)
     else:
         raise InputError(f"{name_or_file} is neither a file nor a named configuration: choose one of {', '.join(CONFIGS)}.")
-    return parse_config(_replace(tree, overrides or {}), name_or_file)
+    return parse_config(_replace(tree, current_overrides(overrides or {}, "--set", notify)), name_or_file)
 
 
-def load_run_config(run: Path, overrides: dict[str, Any] | None = None) -> Config:
+def load_run_config(run: Path, overrides: dict[str, Any] | None = None, notify: Callable[[str], None] | None = None) -> Config:
     """The configuration of the run in a folder, with fields replaced; runs of earlier versions are read, too.
+
+    Args:
+        overrides: as for `load_config`.
+        notify: as for `load_config`; not called for the names in the run's own file, which no user wrote.
 
     Raises:
         InputError: the folder holds no run, or a field does not exist or does not fit.
@@ -368,28 +374,43 @@ def load_run_config(run: Path, overrides: dict[str, Any] | None = None) -> Confi
     path = run / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run} holds no run: name the folder of one with --output, or begin one with --config.")
-    return parse_config(_replace(with_current_names(_read_fields(path), str(path)), overrides or {}), str(path))
+    tree = with_current_names(_read_fields(path), str(path))
+    return parse_config(_replace(tree, current_overrides(overrides or {}, "--set", notify)), str(path))
 
 
-def with_current_names(tree: dict[str, Any], where: str) -> dict[str, Any]:
+def with_current_names(tree: dict[str, Any], where: str, notify: Callable[[str], None] | None = None) -> dict[str, Any]:
     """A configuration in which fields have the names of this version (`EARLIER_NAMES`).
 
     Raises:
         InputError: the configuration, which stands in `where`, gives a field by both names.
     """
     tree = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    for earlier, current in EARLIER_NAMES.items():
-        section, name = earlier.split(".")
-        fields = tree.get(section)
-        if isinstance(fields, dict) and name in fields:
-            _refuse_both_names(earlier, current.split(".")[1] in fields, where)
-            fields[current.split(".")[1]] = fields.pop(name)
+    for section, fields in tree.items():
+        if isinstance(fields, dict):
+            paths = {f"{section}.{name}": value for name, value in fields.items()}
+            tree[section] = {path.removeprefix(f"{section}."): value for path, value in current_overrides(paths, where, notify).items()}
     return tree
 
 
-def _refuse_both_names(earlier: str, current_is_given: bool, where: str) -> None:
-    if current_is_given:
-        raise InputError(f"{where}: {earlier} and {EARLIER_NAMES[earlier]} are the same field: give only {EARLIER_NAMES[earlier]}.")
+def current_overrides(overrides: dict[str, Any], where: str, notify: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Fields by their path (`train.batch`), those with an earlier name by that of this version.
+
+    Args:
+        where: the place that gives them, for sentences.
+        notify: as for `load_config`.
+
+    Raises:
+        InputError: a field is given by both names.
+    """
+    fields = {}
+    for path, value in overrides.items():
+        current = EARLIER_NAMES.get(path, path)
+        if current != path and current in overrides:
+            raise InputError(f"{where}: {path} and {current} are the same field: give only {current}.")
+        if current != path and notify is not None:
+            notify(f"{where}: {path} is now named {current}; the earlier name is still read.")
+        fields[current] = value
+    return fields
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:
@@ -484,10 +505,8 @@ def _read_fields(path: Path) -> dict[str, Any]:
 
 def _replace(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     for key, value in overrides.items():
-        if key in EARLIER_NAMES:
-            _refuse_both_names(key, EARLIER_NAMES[key] in overrides, "--set")
         node = tree
-        *sections, leaf = EARLIER_NAMES.get(key, key).split(".")
+        *sections, leaf = key.split(".")
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):

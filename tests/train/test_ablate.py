@@ -194,6 +194,14 @@ def test_a_plan_that_cannot_be_run_is_refused_before_anything_is_trained(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_row_by_an_earlier_name_takes_the_place_of_the_plans_field(tmp_path: Path) -> None:
+    plan = ablation.read_plan(write(tmp_path, rows=[{"name": "long", "set": {"train.epochs": 5}}]))
+    assert plan.config(plan.rows[0], 0).train.phase2_epochs == 5
+    both = {"name": "both", "set": {"train.epochs": 5, "train.phase2_epochs": 5}}
+    with pytest.raises(InputError, match=r"plan\.yaml, set: train\.epochs and train\.phase2_epochs are the same field"):
+        ablation.read_plan(write(tmp_path, rows=[both]))
+
+
 @pytest.mark.parametrize("content", [None, b"rows: [", b"\xff\xfe", b"- 1"])
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "plan.yaml"

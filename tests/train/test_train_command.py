@@ -76,11 +76,23 @@ def test_a_configuration_must_be_named(tmp_path: Path) -> None:
 
 
 def test_fields_are_read_by_their_earlier_names(tmp_path: Path, calls: list[Any]) -> None:
-    result = run("--config", "lite0-shapes", "--output", str(tmp_path / "set"), "--set", "train.budget=0.7")
-    assert "train.budget is now train.target_paper_gmacs" in result.stderr
-    (tmp_path / "own.yaml").write_text("train: {budget: 0.6}\n")
-    assert run("--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path / "yaml")).exit_code == 0
-    assert [call[0].train.target_paper_gmacs for call in calls] == [0.7, 0.6]
+    own = tmp_path / "own.yaml"
+    own.write_text("train: {warm_epochs: 0.6, batch: 2}\n")
+    result = run("--config", str(own), "--output", str(tmp_path / "run"), "--set", "train.epochs=0.7")
+    assert result.exit_code == 0
+    recipe = calls[0][0].train
+    assert (recipe.phase1_epochs, recipe.phase2_epochs, recipe.batch) == (0.6, 0.7, 2)
+    assert result.stderr.splitlines() == [
+        f"{own}: train.warm_epochs is now named train.phase1_epochs; the earlier name is still read.",
+        "--set: train.epochs is now named train.phase2_epochs; the earlier name is still read.",
+    ]
+
+
+def test_a_field_set_by_either_name_takes_the_place_of_the_files(tmp_path: Path, calls: list[Any]) -> None:
+    for in_file, in_set in (("epochs", "phase2_epochs"), ("phase2_epochs", "epochs")):
+        (tmp_path / "own.yaml").write_text(f"train: {{{in_file}: 1}}\n")
+        run("--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path / "run"), "--set", f"train.{in_set}=2", catch=False)
+    assert [call[0].train.phase2_epochs for call in calls] == [2.0, 2.0]
 
 
 def test_a_field_by_both_names_is_refused(tmp_path: Path, calls: list[Any]) -> None:
