@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ class Frame:
     """`[H, W, 3] uint8` RGB, upright."""
     name: str | None = None
     """The file's name, for a folder of images."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What a stream of several sources says of the frame, for JSON: `source`, `age_ms`, `predicted_ms`, …"""
 
 
 class Source(Protocol):

@@ -93,6 +93,7 @@ class JsonLinesSink(Sink):
             "index": frame.index,
             "time_s": round(frame.time_s, 6),
             "name": frame.name,
+            **frame.details,
             "times_ms": {part: round(ms, 3) for part, ms in instances.times_ms.items()},
             "detections": detections(instances, frame.index),
         }

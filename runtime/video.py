@@ -39,16 +39,16 @@ class VideoSource(OpenedOnFirstFrame):
 
     Of several video streams the default one is taken, else the largest; pictures attached to it (covers, thumbnails) are none. The display
     matrix turns and mirrors frames. Pixels that are not square are made square by enlarging the frame's shorter-sampled side. Times rise
-    from frame to frame: see `_Clock`.
+    from frame to frame: see `Clock`.
     """
 
     def __init__(self, path: Path, container: av.container.InputContainer | None = None) -> None:
         self.path = path
         self._container = container or open_container(path)
         try:
-            self._stream = _video_stream(path, self._container)
-            self._pixel_aspect = _pixel_aspect(self._stream)
-            self.frame_rate = _frame_rate(self._container, self._stream)
+            self._stream = video_stream(path, self._container)
+            self._pixel_aspect = pixel_aspect(self._stream)
+            self.frame_rate = frame_rate(self._container, self._stream)
         except BaseException:
             self._container.close()
             raise
@@ -68,13 +68,13 @@ class VideoSource(OpenedOnFirstFrame):
     def _decode(self) -> Iterator[Frame]:
         yielded = discarded = 0
         time_s = 0.0
-        clock = _Clock(self.frame_rate, begins_again=self._has_clock_steps())
+        clock = Clock(self.frame_rate, begins_again=self._has_clock_steps())
         for packet in self._packets():
             discarded += bool(packet.is_discard)
             for decoded in self._frames_of(packet):
                 time_s = clock.time_s(decoded.time)
                 self.bridged = clock.bridged
-                yield Frame(yielded + self.broken, time_s, _as_shown(decoded, self._pixel_aspect))
+                yield Frame(yielded + self.broken, time_s, as_shown(decoded, self._pixel_aspect))
                 yielded += 1
         self._count_missing(yielded + discarded, time_s)
 
@@ -128,7 +128,7 @@ class VideoSource(OpenedOnFirstFrame):
         self._container.close()
 
 
-class _Clock:
+class Clock:
     """Makes times rise from frame to frame, and counts the places where it had to (`bridged`).
 
     Time starts at 0. A frame without a time stamp, or whose stamp is not after the last frame's, follows the last one at the frame rate.
@@ -195,7 +195,7 @@ def _unopened(path: Path, error: Exception) -> str:
     return f"{path} cannot be opened as a video ({reason}); it is truncated or no video: give a video file."
 
 
-def _video_stream(path: Path, container: av.container.InputContainer) -> av.VideoStream:
+def video_stream(path: Path | str, container: av.container.InputContainer) -> av.VideoStream:
     """The default video stream, else the one with the largest frames; attached pictures are no video.
 
     Raises:
@@ -220,7 +220,7 @@ def _video_stream(path: Path, container: av.container.InputContainer) -> av.Vide
     return best
 
 
-def _frame_rate(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
+def frame_rate(container: av.container.InputContainer, stream: av.VideoStream) -> Fraction:
     rates = [stream.average_rate, stream.guessed_rate, stream.base_rate]
     if container.format.flags & _NO_TIMESTAMPS:
         rates = [stream.guessed_rate, *rates]
@@ -228,7 +228,7 @@ def _frame_rate(container: av.container.InputContainer, stream: av.VideoStream) 
     return next((Fraction(rate) for rate in rates if rate and low <= rate <= high), _UNKNOWN_FRAME_RATE)
 
 
-def _pixel_aspect(stream: av.VideoStream) -> Fraction:
+def pixel_aspect(stream: av.VideoStream) -> Fraction:
     """Width over height of a pixel as shown, before the display matrix turns it; 1 if unknown or absurd."""
     aspect = stream.sample_aspect_ratio
     low, high = _PIXEL_ASPECTS
@@ -238,7 +238,7 @@ def _pixel_aspect(stream: av.VideoStream) -> Fraction:
     return Fraction(aspect) if pixels <= MAX_FRAME_PIXELS else Fraction(1)
 
 
-def _as_shown(frame: av.VideoFrame, pixel_aspect: Fraction = Fraction(1)) -> npt.NDArray[np.uint8]:
+def as_shown(frame: av.VideoFrame, pixel_aspect: Fraction = Fraction(1)) -> npt.NDArray[np.uint8]:
     """`[H, W, 3] uint8` RGB with square pixels, turned and mirrored by the frame's display matrix."""
     if pixel_aspect == 1:
         image = frame.to_ndarray(format="rgb24")

@@ -16,7 +16,7 @@ from runtime.errors import InputError
 from runtime.frames import Frame, Source
 from runtime.images import read_image
 from runtime.sources import AnimationSource, open_source
-from runtime.video import VideoSource, _Clock, _upright
+from runtime.video import Clock, VideoSource, _upright
 from tests.runtime.fake_stream import write_video
 
 
@@ -275,7 +275,7 @@ def test_jumps_forward_are_bridged_where_clocks_begin_again(tmp_path: Path, name
     ],
 )
 def test_times_rise_whatever_the_time_stamps(stamps: list[float | None], expected: list[float], bridged: int) -> None:
-    clock = _Clock(Fraction(10), begins_again=False)
+    clock = Clock(Fraction(10), begins_again=False)
     np.testing.assert_allclose([clock.time_s(stamp) for stamp in stamps], expected, atol=1e-6)
     assert clock.bridged == bridged
 

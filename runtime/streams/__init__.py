@@ -1,0 +1,1 @@
+"""Streams that run for good: sources that come back, slots, one engine, sinks with threads of their own (docs/streams.md)."""
