@@ -30,8 +30,8 @@ from dynamask.train.datasets import validation_set
 from dynamask.train.evaluate import evaluate
 from dynamask.train.log import ProgressReport
 from dynamask.train.trainer import train
-from runtime.errors import InputError
-from runtime.files import atomic_path, check_folder, sha256, write_json
+from runtime.errors import InputError, shortened
+from runtime.files import atomic_path, check_folder, input_path, sha256, write_json
 from runtime.graph import GRIDS
 from runtime.policies import parse_policy
 
@@ -47,7 +47,7 @@ class _Strict(BaseModel):
 class Row(_Strict):
     """A model to train and evaluate, or other policies for the models of another row."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=100)
     overrides: Overrides = Field(default_factory=dict, alias="set")
     """Fields that differ from the plan's: `{"model.fusion": "add"}`."""
     source: str | None = Field(default=None, alias="from")
@@ -131,7 +131,8 @@ class Plan(_Strict):
             parse_policy(policy, dict.fromkeys(GRIDS, 1.0))
             if grid is not None and policy != f"uniform-{grid}":
                 raise InputError(
-                    f"row {row.name!r}: policy {policy} does not fit a Mask R-CNN head, which has one grid, {grid}: leave policies out."
+                    f"row {row.name!r}: policy {shortened(policy)} does not fit a Mask R-CNN head, which has one grid, {grid}: "
+                    "leave policies out."
                 )
         return policies
 
@@ -148,7 +149,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         InputError: the file is missing or is not YAML, or a row or field does not fit.
     """
-    if not path.is_file():
+    if not input_path(path).is_file():
         raise InputError(f"{path} is not a file: give a plan as in docs/training.md.")
     try:
         plan = Plan.model_validate(read_yaml(path))
@@ -167,7 +168,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def _check_weights(config: Config) -> None:
-    if config.weights not in ("imagenet", "none") and not Path(config.weights).is_file():
+    if config.weights not in ("imagenet", "none") and not input_path(config.weights).is_file():
         raise InputError(f"weights {config.weights} is not a file: give its path relative to the current folder.")
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from runtime.errors import InputError, first_line, is_unicode, shortened
+from runtime.files import input_path
 
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
@@ -354,7 +355,7 @@ def load_config(name_or_file: str, overrides: dict[str, Any] | None = None, noti
     """
     if name_or_file in CONFIGS:
         tree = CONFIGS[name_or_file].model_dump(mode="json")
-    elif Path(name_or_file).is_file():
+    elif input_path(name_or_file).is_file():
         tree = with_current_names(_read_fields(Path(name_or_file)), name_or_file, notify)
     else:
         raise InputError(f"{name_or_file} is neither a file nor a named configuration: choose one of {', '.join(CONFIGS)}.")
@@ -371,7 +372,7 @@ def load_run_config(run: Path, overrides: dict[str, Any] | None = None, notify: 
     Raises:
         InputError: the folder holds no run, or a field does not exist or does not fit.
     """
-    path = run / "config.yaml"
+    path = input_path(run / "config.yaml")
     if not path.is_file():
         raise InputError(f"{run} holds no run: name the folder of one with --output, or begin one with --config.")
     tree = with_current_names(_read_fields(path), str(path))
@@ -430,7 +431,8 @@ def first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     field = shortened(".".join(map(str, first["loc"])))
     given = "" if first["type"] == "value_error" else f" (given: {repr(first['input'])[:80]})"
-    return f"{field}: {first['msg'].removeprefix('Value error, ')}{given}".removeprefix(": ")
+    reason = shortened(first["msg"].removeprefix("Value error, "), 400)
+    return f"{field}: {reason}{given}".removeprefix(": ")
 
 
 def first_difference(before: Config, now: Config, ignored: frozenset[str]) -> tuple[str, str, str] | None:

@@ -31,7 +31,7 @@ from dynamask.origins import (
     without_epsilon,
 )
 from runtime.errors import InputError, first_line
-from runtime.files import sha256
+from runtime.files import input_path, sha256
 
 EPSILON_FREE = ("bf2d0c1e", "258fb6c6")
 """Beginnings of the SHA-256 of torchvision's Mask R-CNN and Faster R-CNN `COCO_V1`, whose batch norm adds no epsilon."""
@@ -75,7 +75,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, truncated, or holds anything but tensors.
     """
-    if not path.is_file():
+    if not input_path(path).is_file():
         fault = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {fault}: give the file of weights, or `none` to start from random ones.")
     try:

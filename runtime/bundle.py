@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from runtime.carried import bundle_folder
 from runtime.costs import MeasuredCosts
 from runtime.errors import InputError
-from runtime.files import atomic_path, check_folder, sha256, unwritable, write_json
+from runtime.files import atomic_path, check_folder, input_path, sha256, unwritable, write_json
 from runtime.graph import GRIDS
 from runtime.instances import ClassName
 
@@ -271,7 +271,7 @@ class Bundle:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    if not path.is_dir():
+    if not input_path(path).is_dir():
         raise InputError(f"{path} is not a folder; give a bundle, as dynamask export writes it.")
     file = path / MANIFEST
     if not file.is_file():
@@ -309,7 +309,7 @@ def check_replaceable(path: Path) -> None:
         InputError: something other than a bundle or an empty folder stands there, or its folder cannot be made or written.
     """
     check_folder(path.absolute().parent)
-    if path.is_dir():
+    if input_path(path).is_dir():
         if not (path / MANIFEST).is_file() and any(path.iterdir()):
             raise InputError(f"{path} is a folder that is not a bundle, so it is not replaced; give another folder.")
     elif path.exists():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import InputError
-from runtime.files import check_folder, sha256, unwritable, user_cache
+from runtime.files import check_folder, input_path, sha256, unwritable, user_cache
 
 CHECKPOINTS = {"everyday": "everyday.safetensors", "lite0-shapes": "lite0-shapes.safetensors"}
 """Name -> file in `dynamask/assets`. `everyday` finds everyday things in photos, `lite0-shapes` finds drawn shapes."""
@@ -36,7 +36,7 @@ def bundle_folder(bundle: str | os.PathLike[str]) -> Path:
         InputError: this installation lacks the checkpoint or a package that makes the bundle, or the cache cannot be written.
         DynaMaskError: the bundle cannot be made.
     """
-    path = Path(bundle)
+    path = input_path(bundle)
     if str(bundle) not in CHECKPOINTS or path.exists():
         return path
     name = str(bundle)

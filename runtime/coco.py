@@ -23,6 +23,7 @@ from pycocotools import mask as mask_api
 
 from runtime.coco_masks import MaskError, Rle, checked_area, checked_box, crowd_flag, encode_mask, whole_number
 from runtime.errors import InputError, is_unicode, shortened
+from runtime.files import input_path
 from runtime.images import MAX_PIXELS, read_image
 
 Array = npt.NDArray[Any]
@@ -155,7 +156,7 @@ class CocoData:
             path = self.folder / image.file_name
             if path.parent not in listed:
                 listed[path.parent] = _names(path.parent)
-            if path.name not in listed[path.parent] and not path.exists():  # a file system may not distinguish case
+            if path.name not in listed[path.parent] and not _exists(path):  # a file system may not distinguish case
                 missing.append(image.file_name)
         return missing
 
@@ -281,14 +282,21 @@ def read_coco(data: str | os.PathLike[str], images: str | os.PathLike[str] | Non
 
 
 def _locate(data: Path, images: Path | None) -> tuple[Path, Path]:
-    path = data / "instances.json" if data.is_dir() else data
+    path = input_path(data / "instances.json" if input_path(data).is_dir() else data)
     # Not is_file: process substitution gives a pipe.
     if not path.exists() or path.is_dir():
         raise InputError(f"{path} does not exist: give an annotation file in COCO format, or a folder with instances.json and images/.")
     folder = images or path.parent / "images"
-    if not folder.is_dir():
+    if not input_path(folder).is_dir():
         raise InputError(f"{folder} is not a folder: give the folder of {path.name}'s images.")
     return path, folder
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a path of more than 4096 bytes, though none of its parts is too long
+        return False
 
 
 def _names(folder: Path) -> set[str]:

@@ -6,10 +6,10 @@ INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended: 128 + SIGINT."""
 
 
-def shortened(text: str) -> str:
-    """The text for a message: at most 80 characters, on one line; characters that cannot be printed are escaped."""
-    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:100])
-    return text if len(text) <= 80 else text[:77] + "..."
+def shortened(text: str, most: int = 80) -> str:
+    """The text for a message: at most so many characters, on one line; characters that cannot be printed are escaped."""
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def is_unicode(text: str) -> bool:

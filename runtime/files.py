@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.environment import prepare
-from runtime.errors import DynaMaskError, InputError
+from runtime.errors import DynaMaskError, InputError, shortened
 
 _BAD_PLACE = {
     errno.EACCES: "no permission",
@@ -204,6 +204,24 @@ def failure(error: OSError, otherwise: str = "choose another place") -> tuple[st
     """Cause and way out of a failed read or write, as parts of a sentence; `otherwise` is the way out where the cause suggests none."""
     number = error.errno or 0
     return _BAD_PLACE.get(number, error.strerror or str(error)), _WAY_OUT.get(number, otherwise)
+
+
+def input_path(path: str | os.PathLike[str]) -> Path:
+    """The path of an input, of which `exists()` and `is_file()` can be asked; there may be nothing.
+
+    Raises:
+        InputError: the system cannot look the path up: a name is too long, links lead in a circle, or a folder may not be entered.
+    """
+    path = Path(path)
+    try:
+        _status(path)
+    except OSError as error:
+        cause, way_out = failure(error, "give another path")
+        shown = shortened(str(path)) if error.errno == errno.ENAMETOOLONG else path
+        raise InputError(f"{shown} cannot be read ({cause}): {way_out}.") from error
+    except ValueError:  # a null character, with which nothing exists
+        pass
+    return path
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:

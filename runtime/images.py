@@ -21,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from runtime.errors import DynaMaskError, InputError, first_line
+from runtime.files import input_path
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded: a small file can claim any size."""
@@ -129,7 +130,7 @@ def is_image(path: str | os.PathLike[str]) -> bool:
 
 
 def _checked(path: Path) -> Path:
-    if not path.exists():
+    if not input_path(path).exists():
         fault = "is a link to a file that does not exist" if path.is_symlink() else "does not exist"
         raise InputError(f"{path} {fault}; give the path of an image.")
     if not path.is_file():

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from runtime.annotate import annotate
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import Output, atomic_path, failure, is_special, unwritable
+from runtime.files import Output, atomic_path, failure, input_path, is_special, unwritable
 
 if TYPE_CHECKING:
     import av
@@ -233,7 +233,7 @@ class FolderSink(Sink):
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = input_path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file already; choose another folder.")
         try:

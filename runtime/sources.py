@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from runtime.errors import InputError
-from runtime.files import natural_order
+from runtime.files import input_path, natural_order
 from runtime.frames import Frame, OpenedOnFirstFrame, Source
 from runtime.video import VideoSource, open_container
 
@@ -66,9 +66,14 @@ def check_source(path: str | os.PathLike[str]) -> None:
     """
     # A Path has one slash where the address had two. The address may hold a password: only its scheme is printed.
     address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(path))
-    if address and not Path(path).exists():
-        raise InputError(f"{address[1]}:// addresses are not read; give a video file or a folder of images.")
-    path = Path(path)
+    if address:
+        try:
+            exists = Path(path).exists()
+        except OSError:  # its parts are too long for the name of a file
+            exists = False
+        if not exists:
+            raise InputError(f"{address[1]}:// addresses are not read; give a video file or a folder of images.")
+    path = input_path(path)
     try:
         if not path.exists():
             raise InputError(f"{path} does not exist; give a video file or a folder of images.")

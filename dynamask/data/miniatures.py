@@ -16,7 +16,7 @@ from dynamask.data.coco_writer import coco_tree, write_image
 from dynamask.data.shapes import categories, draw_image
 from dynamask.data.shapes.dataset import shape_annotation
 from runtime.errors import InputError
-from runtime.files import write_json
+from runtime.files import input_path, write_json
 
 Array = npt.NDArray[Any]
 
@@ -42,7 +42,7 @@ def write_miniature(kind: str, folder: Path) -> dict[str, Any]:
     """
     if kind not in _WRITERS:
         raise InputError(f"{kind} is not a layout that can be written: choose {', '.join(_WRITERS)}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if input_path(folder).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: remove it or choose another.")
     for part in IMAGES:
         _WRITERS[kind](folder, part)

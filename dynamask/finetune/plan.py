@@ -6,7 +6,6 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from dynamask.train.progress import DivergenceGuard
 from dynamask.train.schedule import Schedule
 from dynamask.train.steps import Stepper
 from runtime.errors import InputError
+from runtime.files import input_path
 
 BATCH = 4
 MEASURED_STEPS = 4
@@ -79,7 +79,7 @@ def base_config(weights: str, sets: PhotoSets, seed: int, workers: int = 1) -> C
         if model.mask_head != "dynamask":
             raise InputError(f"{weights} has a Mask R-CNN head, a baseline that no engine runs: give a checkpoint of a DynaMask.")
     else:
-        fault = "is no DynaMask checkpoint" if Path(weights).is_file() else "does not exist"
+        fault = "is no DynaMask checkpoint" if input_path(weights).is_file() else "does not exist"
         raise InputError(f"{weights} {fault}: give a .safetensors file of dynamask train or finetune, or leave --weights out.")
     val = sets.val or sets.train  # without photos to judge on, nothing is judged
     fields: dict[str, Any] = {

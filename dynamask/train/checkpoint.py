@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dynamask.config import Config, parse_config, with_current_names
 from dynamask.train.transfer import with_rows_of_classes
 from runtime.errors import InputError
-from runtime.files import atomic_path
+from runtime.files import atomic_path, input_path
 
 FORMAT_VERSION = 1
 _KEY = "dynamask"
@@ -227,7 +227,7 @@ def _write(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], 
 
 
 def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not Path(path).is_file():
+    if not input_path(path).is_file():
         fault = "is a folder" if Path(path).is_dir() else "does not exist"
         raise InputError(f"{path} {fault}: give the path of a {kind} that `dynamask train` wrote.")
     try:

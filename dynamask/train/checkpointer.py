@@ -15,7 +15,7 @@ from dynamask.train.learner import Learner
 from dynamask.train.progress import Progress
 from dynamask.train.schedule import Schedule
 from runtime.errors import InputError
-from runtime.files import atomic_path, check_folder
+from runtime.files import atomic_path, check_folder, input_path
 
 STATE_FILE = "state.safetensors"
 
@@ -65,7 +65,7 @@ def state_to_resume(config: Config, output: Path, resume: bool) -> TrainingState
     Raises:
         InputError: there is no run to resume, the folder holds another run, or a field differs that is not in `MAY_CHANGE_ON_RESUME`.
     """
-    path = output / STATE_FILE
+    path = input_path(output / STATE_FILE)
     if not resume:
         if path.exists():
             raise InputError(f"{output} already holds a run: pass --resume to continue it, or choose another --output.")

@@ -16,6 +16,7 @@ from dynamask.model import DynaMask, build_model
 from dynamask.train.checkpoint import TrainingState, is_checkpoint, load_checkpoint, load_tensors, restore_momentum, start_from
 from dynamask.weights import load_weights
 from runtime.errors import InputError
+from runtime.files import input_path
 
 MASK_BRANCH = "mask_branch."
 """Prefix of the names of the tensors that are not the detector's."""
@@ -79,7 +80,7 @@ def load_initial_weights(model: DynaMask, config: Config, message: Callable[[str
         rest = f"; {len(random)} tensors, of the mask branch or of another shape, start from random values" if random else ""
         message(f"Started from {source}{rest}.")
     elif config.keeps_detector:
-        fault = "is no DynaMask checkpoint" if Path(source).is_file() else "is not a file"
+        fault = "is no DynaMask checkpoint" if input_path(source).is_file() else "is not a file"
         raise InputError(
             f"{source} {fault}, and the run keeps the detector of one: give --weights a model.safetensors of `dynamask train`."
         )

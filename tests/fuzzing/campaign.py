@@ -16,11 +16,13 @@ from tests.fuzzing import worker
 MAX_BYTES = 2 * 1024**3
 """Of memory, that a process may hold at any time, the interpreter and all libraries included."""
 MAX_SECONDS = 10.0
-"""For one input."""
+"""Of processor time, for one input."""
+_HANG_SECONDS = 60.0
+"""Of wall time, for one input: one that waits takes no processor time."""
 _SAVED = 3
 """Inputs saved of each finding."""
-_START_SECONDS = 120.0
-"""For imports, and for making inputs."""
+_BETWEEN_SECONDS = 180.0
+"""Of wall time, for the start (imports, sound files) and for the making of an input."""
 
 
 class Campaign:
@@ -29,15 +31,18 @@ class Campaign:
     Attributes:
         outcomes: `accepted` and `refused` -> number of inputs.
         findings: name of a finding -> number of inputs.
+        seed: of the first process. With the same versions and no finding, it makes the same inputs again.
     """
 
     def __init__(self, kind: str, folder: Path, seed: int) -> None:
         self.kind = kind
         self.outcomes: Counter[str] = Counter()
         self.findings: Counter[str] = Counter()
+        self.seed = seed
         self._folder = folder.absolute()
-        self._seed = seed
+        self._processes = 0
         self._peak_bytes = 0
+        self._slowest_seconds = 0.0
         self._seconds = 0.0
 
     @property
@@ -53,12 +58,14 @@ class Campaign:
         self._seconds = time.monotonic() - start
 
     def _run_process(self, seconds: float, examples: int | None) -> None:
-        self._seed += 1
         inputs = self._folder / f"{self.kind}-{os.getpid()}"
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=worker.fuzz, args=(self.kind, inputs, self._seed, seconds, examples, sender), daemon=True)
+        process = context.Process(
+            target=worker.fuzz, args=(self.kind, inputs, self.seed + self._processes, seconds, examples, sender), daemon=True
+        )
         process.start()
+        self._processes += 1
         sender.close()
         try:
             fault = self._watch(process, receiver)
@@ -72,7 +79,8 @@ class Campaign:
 
     def _watch(self, process: Any, messages: Connection) -> str | None:
         """Follow the process to its end. Returns the fault for which it had to be ended, or ended itself."""
-        running_since, limit = time.monotonic(), _START_SECONDS
+        checks = False
+        wall, processor = time.monotonic(), 0.0
         while True:
             try:
                 message = messages.recv() if messages.poll(0.05) else None
@@ -83,15 +91,18 @@ class Campaign:
             if used > MAX_BYTES:
                 return f"more than {MAX_BYTES / 1024**3:.0f} GB of memory"
             if message is not None:
-                # Between inputs, Hypothesis makes the next ones, and may make many that were seen before.
-                running_since, limit = time.monotonic(), MAX_SECONDS if message.outcome == "begun" else _START_SECONDS
+                checks = message.outcome == "begun"
+                wall, processor = time.monotonic(), _processor_seconds(process.pid)
                 if (fault := self._take(message)) is not None:
                     return fault
-            elif time.monotonic() - running_since > limit:
-                return f"more than {limit:.0f} seconds"
+            elif checks and _processor_seconds(process.pid) - processor > MAX_SECONDS:
+                return f"more than {MAX_SECONDS:.0f} seconds"
+            elif time.monotonic() - wall > (limit := _HANG_SECONDS if checks else _BETWEEN_SECONDS):
+                return f"nothing happened for {limit:.0f} seconds"
 
     def _take(self, message: worker.Message) -> str | None:
         self._peak_bytes = max(self._peak_bytes, message.peak_bytes)
+        self._slowest_seconds = max(self._slowest_seconds, message.seconds)
         if message.outcome in ("accepted", "refused") and message.peak_bytes > MAX_BYTES:
             return f"more than {MAX_BYTES / 1024**3:.0f} GB of memory"
         if message.outcome in ("accepted", "refused"):
@@ -117,8 +128,9 @@ class Campaign:
         """The numbers of this kind, and each finding on a line of its own."""
         accepted, refused = self.outcomes["accepted"], self.outcomes["refused"]
         lines = [
-            f"{self.kind}: {self.count} inputs in {self._seconds:.0f} s: {accepted} accepted, "
-            f"{refused} refused, {self.findings.total()} findings; at most {self._peak_bytes / 1e6:.0f} MB of memory"
+            f"{self.kind}: {self.count} inputs in {self._seconds:.0f} s: {accepted} accepted, {refused} refused, "
+            f"{self.findings.total()} findings; at most {self._peak_bytes / 1e6:.0f} MB of memory and "
+            f"{self._slowest_seconds:.1f} s of processor time for an input; seed {self.seed}"
         ]
         lines += [f"  {number} times: {finding}" for finding, number in self.findings.most_common()]
         return "\n".join(lines)
@@ -130,3 +142,11 @@ def _used_bytes(process_id: int) -> int:
     except (OSError, IndexError):  # it has ended
         return 0
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _processor_seconds(process_id: int) -> float:
+    try:
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -99,13 +99,13 @@ def _documents(draw: st.DrawFn, tree: Any) -> bytes:
 
 
 def _dump(tree: Any) -> str:
-    try:
-        return yaml.safe_dump(tree)
-    except (RecursionError, ValueError):  # nested too deeply, or a number with too many digits: JSON is YAML too
-        try:
-            return json.dumps(tree)
-        except (RecursionError, ValueError):
-            return "[" * 1000
+    # PyYAML cannot write deep nesting, and where it stops depends on the caller's stack. JSON is YAML too.
+    return json.dumps(tree) if _depth(tree) > 20 else yaml.safe_dump(tree)
+
+
+def _depth(tree: Any) -> int:
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else []
+    return 1 + max(map(_depth, children), default=0)
 
 
 _values = st.one_of(_odd_yaml, st.floats().map(str), st.integers().map(str))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import DynaMaskError, InputError
-from runtime.files import Output, atomic_path, check_apart, check_file, check_folder, natural_order, write_json
+from runtime.files import Output, atomic_path, check_apart, check_file, check_folder, input_path, natural_order, write_json
 
 ROOT = Path(__file__).parents[2]
 as_a_user = pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may write everywhere")
@@ -205,3 +205,18 @@ def test_numbers_in_names_count_as_numbers() -> None:
     ordered = ["1.jpg", "2.jpg", "10.jpg", "a1b2", "a1b10", "A2", "img2.png", "IMG10.png", "x", "x0", "x00"]
     assert [str(path) for path in natural_order(map(Path, reversed(ordered)))] == ordered
     assert natural_order([Path("f10/1"), Path("f9/2")]) == [Path("f9/2"), Path("f10/1")]
+
+
+def test_the_path_of_an_input_may_lead_to_nothing(tmp_path):
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "a" / "b", tmp_path / "a\0b"):
+        assert input_path(str(path)) == path
+
+
+def test_a_path_that_cannot_be_looked_up_is_refused_for_its_cause(tmp_path):
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    with pytest.raises(InputError, match=r"circle cannot be read \(its links lead in a circle\): give another path\."):
+        input_path(circle)
+    with pytest.raises(InputError, match=r"x\.\.\. cannot be read \(its name is too long\)") as caught:
+        input_path("x" * 5000)
+    assert len(str(caught.value)) < 200

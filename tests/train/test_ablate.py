@@ -185,12 +185,21 @@ def test_a_run_with_other_fields_than_its_row_is_refused(tmp_path: Path, trained
         ({"rows": [{"name": "a"}, {"name": "b", "set": {"weights": "no-such.pth"}}]}, "weights no-such.pth is not a file"),
         ({"rows": [{"name": "a"}], "base": "no-such"}, "no-such"),
         ({"rows": [{"name": "a", "polices": []}]}, "polices"),
+        ({"rows": [{"name": "a"}], "base": "x" * 300}, "its name is too long"),
+        ({"rows": [{"name": "a"}], "set": {"weights": "x" * 300}}, "its name is too long"),
+        ({"rows": [{"name": "a" * 300}]}, "rows.0.name"),
+        ({"rows": [{"name": "a", "from": "b" * 3000}]}, "no row 'b"),
+        ({"rows": [{"name": "a", "policies": ["routed" + "9" * 3000]}]}, "is not a grid policy"),
+        ({"rows": [{"name": "a", "policies": ["routed@" + "9" * 3000]}]}, "no budget that can be kept"),
+        ({"rows": [{**MASK_RCNN, "policies": ["routed@" + "9" * 300 + "%"]}]}, "leave policies out"),
+        ({"rows": [{"name": "a"}], "seeds": [*range(3000), 0]}, "seeds"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_before_anything_is_trained(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
     plan = write(tmp_path, **fields)
-    with pytest.raises(InputError, match=f"plan.yaml.*{said}"):
+    with pytest.raises(InputError, match=f"plan.yaml.*{said}") as caught:
         run_plan(plan, tmp_path / "out", quiet=True)
+    assert len(str(caught.value)) < 1000
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from dynamask.data.labels import coco, cvat, labelme, yolo
 from dynamask.data.labels.tree import Labels
 from runtime.errors import InputError
+from runtime.files import input_path
 
 FORMATS = ("coco", "yolo", "labelme", "cvat")
 _READERS = {"coco": coco.read, "yolo": yolo.read, "labelme": labelme.read, "cvat": cvat.read}
@@ -37,11 +38,11 @@ def read_labels(photos: Path, labels: Path | None = None, kind: str | None = Non
         >>> labels.format, len(labels.images)
         ('coco', 2)
     """
-    if not photos.is_dir():
+    if not input_path(photos).is_dir():
         fault = "is a file" if photos.exists() else "does not exist"
         raise InputError(f"{photos} {fault}: give the folder of the photos.")
     place = labels or photos
-    if not place.exists():
+    if not input_path(place).exists():
         raise InputError(f"{place} does not exist: give the file or folder of the labels.")
     if place.suffix.lower() in _ARCHIVES and place.is_file():
         raise InputError(f"{place} is an archive: unpack it, and give the folder.")

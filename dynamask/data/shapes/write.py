@@ -13,7 +13,7 @@ from dynamask.data.shapes.dataset import shape_annotation, shapes_tree
 from dynamask.data.shapes.outlines import Array
 from dynamask.data.shapes.scenes import check_size, draw_frames, draw_image
 from runtime.errors import InputError
-from runtime.files import atomic_path, write_json
+from runtime.files import atomic_path, check_folder, write_json
 
 
 def write_dataset(
@@ -36,6 +36,7 @@ def write_dataset(
     if images < 1:
         raise InputError(f"A data set of {images} images cannot be written: ask for at least 1.")
     check_size(height, width)
+    check_folder(folder)
     instances = folder / "instances.json"
     if instances.exists():
         raise InputError(f"{instances} exists already: remove that data set or choose another folder.")
