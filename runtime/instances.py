@@ -54,7 +54,8 @@ class Instances:
     """The image's height and width, pixels."""
     classes: Sequence[ClassName]
     times_ms: dict[str, float] = field(default_factory=dict)
-    """Milliseconds of `preprocess`, `detector` and `masks`; in a stream also of `paste` and `total`."""
+    """Milliseconds of `preprocess`, `detector` and `masks`; of `paste` in a stream or if the engine pasted the masks; in a stream also of
+    `total`."""
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -35,7 +35,9 @@ def timed_prediction(
     before_paste = time.perf_counter()
     deque(instances.crops(), maxlen=0)  # The instances keep their crops: they are pasted only once.
     end = time.perf_counter()
-    instances.times_ms = {**instances.times_ms, "paste": 1000 * (end - before_paste), TOTAL: 1000 * (end - start)}
+    # An engine that pastes on its device has a part of this time already.
+    paste_ms = instances.times_ms.get("paste", 0) + 1000 * (end - before_paste)
+    instances.times_ms = {**instances.times_ms, "paste": paste_ms, TOTAL: 1000 * (end - start)}
     return instances
 
 

@@ -130,7 +130,7 @@ class TensorRTEngine:
         frames: Sequence[Frame] | None = None,
     ) -> EngineOutput:
         """As `Engine.run`: with frames, all masks are pasted on the GPU. `times_ms` are split at the time when the GPU has the detections,
-        and include the copies and the pasting.
+        and include the copies; `paste` begins when the masks are there.
 
         If there are fewer images than the profile's minimum, empty canvases are added and their results dropped.
 
@@ -167,7 +167,9 @@ class TensorRTEngine:
                 if tensors[name].host.size:
                     driver.to_host(tensors[name].host, tensors[name].address, stream)
             driver.synchronize(stream)
+            segmented = time.perf_counter()
             pasted = {} if frames is None else self._paste(frames, slots)
+            paste_ms = 1000 * (time.perf_counter() - segmented)
             detected_ms = driver.elapsed_ms(self._start, self._detected)
             if self._cache is not None and not self._has_run:
                 self._cache.save()
@@ -178,6 +180,8 @@ class TensorRTEngine:
             masks = {grid: _masks(tensors[f"slots_{grid}"].host, tensors[f"masks_{grid}"].host, slots) for grid in GRIDS}
         detector = 1000 * (filled - start) + detected_ms
         times_ms = {"detector": detector, "masks": 1000 * (time.perf_counter() - start) - detector}
+        if frames is not None:
+            times_ms = {**times_ms, "masks": times_ms["masks"] - paste_ms, "paste": paste_ms}
         return EngineOutput(boxes, scores, labels, grids, masks, times_ms, pasted)
 
     def _paste(self, frames: Sequence[Frame], slots: int) -> dict[int, PackedMask]:

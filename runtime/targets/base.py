@@ -41,7 +41,7 @@ class EngineOutput:
     """`[B * K]`: 0..3; -1 in an empty slot."""
     masks: Masks
     times_ms: Mapping[str, float]
-    """`detector` and `masks`, milliseconds."""
+    """`detector` and `masks`, milliseconds; and `paste`, if the engine pasted the masks."""
     pasted: Mapping[int, PackedMask] = field(default_factory=dict)
     """Row -> its mask in the pixels of its image, of the rows that the engine pasted; these are not in `masks`."""
 

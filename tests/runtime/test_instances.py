@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
 from runtime.instances import ClassName, Instances
-from runtime.paste import PackedMask
 
 
 def found(count=4, size=(60, 80)):
@@ -70,28 +67,3 @@ def test_nothing_found_works_everywhere():
     nothing = found()[:0]
     assert len(nothing) == 0 and nothing.masks.shape == (0, 60, 80) and nothing.to_coco(1) == [] and list(nothing.crops()) == []
     assert len(nothing.to_supervision()) == 0
-
-
-def packed(crop):
-    """A crop's bits as an engine gives them, written by NumPy's own packing."""
-    left, top, mask = crop
-    height, width = mask.shape
-    padded = np.zeros((height, -(-width // 32) * 32), bool)
-    padded[:, :width] = mask
-    return PackedMask(left, top, width, np.packbits(padded, axis=1, bitorder="little").view("<i4").reshape(height, -(-width // 32)))
-
-
-def test_masks_as_bits_are_used_as_masks_of_logits_are():
-    with_logits = found()
-    bits = dataclasses.replace(with_logits, mask_data=[packed(crop) for crop in with_logits.crops()])
-    np.testing.assert_array_equal(bits.masks, with_logits.masks)
-    assert bits.to_coco(3) == with_logits.to_coco(3)
-    np.testing.assert_array_equal(bits[[2, 0]].masks, with_logits.masks[[2, 0]])
-
-
-@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 1), (3, 32), (3, 33), (7, 64), (2, 95)])
-def test_packed_bits_are_unpacked_as_they_were(shape):
-    mask = np.random.default_rng(shape[1]).random(shape) > 0.5
-    left, top, crop = packed((4, 9, mask)).crop()
-    assert (left, top) == (4, 9) and crop.dtype == bool
-    np.testing.assert_array_equal(crop, mask)

@@ -125,7 +125,8 @@ class FakeDriver:
         packed = struct.unpack(letters, struct.pack(letters, *arguments))
         self.launches.append((entry, grid, stream, packed))
         if entry.startswith(PASTE):
-            host_memory.paste(int(entry.removeprefix(PASTE)), grid[0], *packed[:7])
+            spec = paste_kernel(int(entry.removeprefix(PASTE)))
+            host_memory.interpret(spec, grid, packed[:-2], {address: len(block) for address, block in self.blocks.items()})
 
 
 class FakeContext:
@@ -500,6 +501,38 @@ def test_masks_pasted_on_the_device_are_those_of_the_host(several, profile):
         assert not device.masks and len(device.pasted) == len(found) == len(wanted)
         np.testing.assert_array_equal(found.boxes, wanted.boxes)
         np.testing.assert_array_equal(found.masks, wanted.masks)
+
+
+def test_pasting_brings_no_logits_to_the_host(several, monkeypatch):
+    with several(ONE) as engine:
+        copied, to_host = [], engine._driver.to_host
+
+        def noted(destination, *rest):
+            copied.append(destination.nbytes)
+            to_host(destination, *rest)
+
+        monkeypatch.setattr(engine._driver, "to_host", noted)
+        output = engine.run(image(), grid_override=3, frames=[Frame(1.0, (64, 64))])
+        # Boxes, scores, labels, grids and slots, and the bits of boxes that the stand-in puts at [4 k, 4 k + 1, 4 k + 2, 4 k + 3].
+        assert sum(copied) == SLOTS * (4 * 4 + 4 + 8 + 8 + 8) + 4 * sum(mask.words.size for mask in output.pasted.values())
+        assert sum(mask.words.size for mask in output.pasted.values()) == 2 * SLOTS
+        copied.clear()
+        engine.run(image(), grid_override=3)
+        assert max(copied) == SLOTS * 112 * 112 * 4
+
+
+def test_nothing_found_is_pasted_as_nothing(several):
+    with several(SEVERAL) as engine:
+        output = engine.run(image(0, 0), frames=[Frame(1.0, (64, 64))] * 2)
+        assert output.pasted == {} and output.first_fault(2, SLOTS) is None
+
+
+def test_pasting_on_the_device_is_a_time_of_its_own(several):
+    with several(SEVERAL) as engine:
+        output = engine.run(image(0.9, 0.6), frames=[Frame(1.0, (64, 64))] * 2)
+    parts = output.per_image(2)
+    assert set(output.times_ms) == set(parts[0].times_ms) == {"detector", "masks", "paste"}
+    assert output.times_ms["paste"] == pytest.approx(sum(part.times_ms["paste"] for part in parts)) and output.times_ms["paste"] > 0
 
 
 def test_times_part_where_the_detections_are_done(bundle, install):
