@@ -14,6 +14,7 @@ import torch
 from dynamask.config import Config, load_config, parse_config
 from dynamask.distributed import joined
 from dynamask.finetune.photos import PhotoSets
+from dynamask.model import DynaMask
 from dynamask.train.checkpoint import is_checkpoint, load_checkpoint
 from dynamask.train.datasets import training_batches, training_items
 from dynamask.train.learner import build_learner
@@ -32,9 +33,9 @@ JUDGED_PHOTOS = 50
 """The model is judged on at most this many photos."""
 SHARE_OF_TIME = 0.93
 """The share of the time left that is planned: steps vary, and the machine may get other work."""
-# In times of PyTorch's detection in one image: the export with its comparison and the engine; an image in the calibration, with the masks
-# at all grids; an image that is judged, with its masks on the whole photo.
-EXPORT_COST, CALIBRATION_COST, JUDGE_COST = 180.0, 3.0, 3.0
+# In times of PyTorch's detector on one image, on one thread: the export with its comparison and the engine; an image in the calibration,
+# with the masks of all its detections at all grids; an image that is judged, with its masks on the whole photo.
+EXPORT_COST, CALIBRATION_COST, JUDGE_COST = 300.0, 8.0, 4.0
 SHORTEST_EXPORT_S, LONGEST_EXPORT_S = 8.0, 60.0
 START_S = 2.0
 """To start the run after the measurement."""
@@ -47,7 +48,7 @@ class Speed:
     step_s: float
     """A training step."""
     image_s: float
-    """PyTorch's detection in one image, on the CPU, which exports and judges."""
+    """The detector, without masks, on one image and one thread of the CPU, which exports and judges."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def base_config(weights: str, sets: PhotoSets, seed: int, workers: int = 1) -> C
 
 
 def measure_speed(config: Config) -> Speed:
-    """Take some steps of the run, which do not count, and detect in an image.
+    """Take some steps of the run, which do not count, and run the detector on an image.
 
     Raises:
         InputError: the data or weights cannot be used.
@@ -131,14 +132,25 @@ def measure_speed(config: Config) -> Speed:
             start = time.monotonic()
             stepper.take(learner.model, step, *next(batches))
             times.append(time.monotonic() - start)
-        model = learner.model.cpu().eval()
-        image = torch.from_numpy(np.random.default_rng(0).random((1, 3, *config.model.canvas), np.float32))
-        image_times = []
-        for _ in range(MEASURED_STEPS):
+        image_s = _detector_s(learner.model)
+    return Speed(statistics.median(times[MEASURED_STEPS:] or times), image_s)
+
+
+@torch.inference_mode()
+def _detector_s(model: DynaMask) -> float:
+    """The seconds of the detector on one image, on one thread of the CPU."""
+    model = model.cpu().eval()
+    image = torch.from_numpy(np.random.default_rng(0).random((1, 3, *model.sizes.canvas), np.float32))
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for _ in range(MEASURED_STEPS + 1):
             start = time.monotonic()
-            model.predict(image)
-            image_times.append(time.monotonic() - start)
-    return Speed(statistics.median(times[MEASURED_STEPS:] or times), statistics.median(image_times[1:]))
+            model.detect(image)
+            times.append(time.monotonic() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(times[1:])
 
 
 def plan(config: Config, speed: Speed, sets: PhotoSets, started: float, minutes: float) -> Plan:
