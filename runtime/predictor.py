@@ -96,7 +96,8 @@ class Predictor:
         grid_override: GridOverride = None,
         min_score: float = 0.0,
     ) -> Instances:
-        """The instances in an image, by falling score, with `times_ms` of `preprocess`, `detector` and `masks`.
+        """The instances in an image, by falling score, with `times_ms` of `preprocess`, `detector` and `masks`, and of `paste` if the
+        engine pastes masks.
 
         Args:
             image: `[H, W, 3] uint8` RGB, of any size.
@@ -130,7 +131,7 @@ class Predictor:
         """The instances in each of several images, in their order; the engine runs on as many images at a time as it takes.
 
         The result is that of a call for each image, with one exception: a budget limits the mean over all instances of a run.
-        `detector` and `masks` in an image's `times_ms` are its share of the run's time.
+        The engine's times in an image's `times_ms` are its share of the run's.
 
         Args:
             images: `[H, W, 3] uint8` RGB each, of any sizes.

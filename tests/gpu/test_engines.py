@@ -21,6 +21,9 @@ from export.engine import build_engine
 from export.export import export_bundle
 from runtime.bundle import Bundle
 from runtime.errors import InputError
+from runtime.instances import ClassName
+from runtime.paste import Frame
+from runtime.predictor import to_instances
 from runtime.preprocess import letterbox_normalise
 from runtime.targets.base import Engine, EngineOutput
 from runtime.targets.registry import check_target, open_engine
@@ -157,9 +160,41 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -50, 50)))
 
 
+CLASSES = [ClassName(index, str(index)) for index in range(COUNT)]
+FRAMES = [Frame(320 / 1280, (720, 1280)), Frame(320 / 333, (333, 77)), Frame(320 / 320, (320, 320))]
+"""Landscape, portrait, and as large as the canvas."""
+
+
+@pytest.mark.parametrize("name", ["routed", "112", "mixed", "few", "none"])
+def test_masks_pasted_on_the_gpu_are_those_of_the_host(engine: Engine, images: list[np.ndarray], name: str) -> None:
+    for image, frame in zip(images, FRAMES, strict=False):
+        check_pasted(engine, [image], [frame], OVERRIDES[name])
+
+
+def test_a_batch_is_pasted_into_frames_of_several_sizes(several: Engine, images: list[np.ndarray]) -> None:
+    for count in (3, 2, 1):
+        check_pasted(several, images[:count], FRAMES[:count], {})
+
+
+def check_pasted(engine: Engine, images: list[np.ndarray], frames: list[Frame], options: dict[str, Any]) -> None:
+    """Check the masks that an engine pastes against those that the host pastes from its logits."""
+    batch = np.concatenate(images)
+    logits, bits = engine.run(batch, **options), engine.run(batch, **options, frames=frames)
+    assert not bits.masks and bits.first_fault(len(images), COUNT) is None and bits.times_ms["paste"] > 0
+    for host, device, frame in zip(logits.per_image(len(images)), bits.per_image(len(images)), frames, strict=True):
+        wanted, found = (to_instances(output, frame, CLASSES, {}) for output in (host, device))
+        np.testing.assert_array_equal(found.boxes, wanted.boxes)
+        wrong = covered = 0
+        for (left, top, ours), (x, y, theirs) in zip(found.crops(), wanted.crops(), strict=True):
+            assert (left, top, ours.shape) == (x, y, theirs.shape)
+            wrong, covered = wrong + int((ours != theirs).sum()), covered + int(theirs.sum())
+        # Some versions of OpenCV round where they sample to a 32nd of a cell: pixels at the contour may differ.
+        assert wrong <= 0.01 * covered
+
+
 def test_once(engine: Engine, images: list[np.ndarray]) -> None:
-    """One run on mixed grids: what the sanitizers look at."""
-    times = engine.run(images[0], grid_override=np.arange(COUNT) % 4).times_ms
+    """One run on mixed grids, with pasting, for the sanitizers."""
+    times = engine.run(images[0], grid_override=np.arange(COUNT) % 4, frames=[Frame(320 / 720, (720, 720))]).times_ms
     assert times["detector"] > 0 and times["masks"] > 0
 
 
