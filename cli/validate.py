@@ -60,8 +60,10 @@ def validate(
     from runtime.validate import POLICIES
     from runtime.validate import validate as run_validation
 
-    check_apart([path for path in (json, report) if path is not None], [data])
+    outputs = [path for path in (json, report) if path is not None]
+    check_apart(outputs, [data])
     dataset = read_coco(data, images)
+    check_apart(outputs, dataset.files_named({path.name for path in outputs}))
     for line in dataset.summary():
         typer.echo(line, err=True)
     policies = POLICIES if grid is None else [name.strip() for name in grid.split(",") if name.strip()]
@@ -72,6 +74,7 @@ def validate(
                 predictor, dataset, policies, limit, lambda done, total: progress.update(task, completed=done, total=total)
             )
         _print(result)
+        _warn_of_unusable_images(result["dataset"])
         if json is not None:
             write_json(json, result)
         if report is not None:
@@ -103,6 +106,18 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"skipped {item['image']}: {item['reason']}", soft_wrap=True)
     for reason, count in result["dataset"]["annotations_left_out"].items():
         console.print(f"left out {count} annotations: {reason}")
+
+
+def _warn_of_unusable_images(dataset: dict[str, Any]) -> None:
+    """Say so if more than a tenth of the images could not be used; missing ones were reported at the start."""
+    from runtime.coco import WARN_SHARE
+    from runtime.validate import UNUSABLE_FILE
+
+    count = dataset["images_left_out"].get(UNUSABLE_FILE, 0)
+    if count > WARN_SHARE * (dataset["images"] + count):
+        typer.echo(
+            f"Warning: {count} of the images of {dataset['name']} could not be used; the lines that begin with skipped say why.", err=True
+        )
 
 
 def _table(title: str, columns: Sequence[str], rows: dict[str, list[str]]) -> Table:

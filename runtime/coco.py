@@ -12,7 +12,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -148,6 +148,10 @@ class CocoData:
             )
         return pixels
 
+    def files_named(self, names: Collection[str]) -> list[Path]:
+        """The paths of the images whose files have one of these names, whatever their folder."""
+        return [self.folder / image.file_name for image in self.images if PurePosixPath(image.file_name).name in names]
+
     def missing_files(self) -> list[str]:
         """The file names of the images that are not in the folder, in order. Each folder is listed once."""
         listed: dict[Path, set[str]] = {}
@@ -160,20 +164,31 @@ class CocoData:
                 missing.append(image.file_name)
         return missing
 
+    def require_files(self) -> list[str]:
+        """`missing_files`, if the folder holds at least one of the images.
+
+        Raises:
+            InputError: it holds none.
+        """
+        missing = self.missing_files()
+        if len(missing) < len(self.images):
+            return missing
+        shown = f"{self.folder} holds none of the {len(missing)} images of {self.path}, such as {missing[0]}"
+        # Many tools write the folder's own name before the file's.
+        if (self.folder.absolute().parent / missing[0]).is_file():
+            raise InputError(f"{shown}: that one is in {self.folder.absolute().parent}; give this as the folder of images.")
+        raise InputError(f"{shown}: give the folder to which these names are relative, or correct the names.")
+
     def without_missing_files(self) -> CocoData:
         """The data set without the images that are not in the folder, and without their annotations; both are counted.
 
         Raises:
             InputError: the folder holds none of the images.
         """
-        missing = set(self.missing_files())
+        missing = set(self.require_files())
         if not missing:
             return self
         images = [image for image in self.images if image.file_name not in missing]
-        if not images:
-            raise InputError(
-                f"{self.folder} holds none of the {len(self.images)} images of {self.path}, such as {min(missing)}: correct one."
-            )
         known = {image.id for image in images}
         annotations = [entry for entry in self.annotations if entry.image_id in known]
         lost = len(self.annotations) - len(annotations)
@@ -193,9 +208,9 @@ class CocoData:
         }
 
     def summary(self) -> list[str]:
-        """Sentences for the start of a run: annotations left out, images missing in the folder, boxes repaired.
+        """Sentences for the start of a run: annotations left out, images missing in the folder, boxes repaired, no mask to find.
 
-        None of a number that is 0. A sentence begins with "Warning:" if more than a tenth is left out.
+        None of a number that is 0. A sentence begins with "Warning:" if more than a tenth is left out, or if no mask counts.
         """
         missing = len(self.missing_files())
         images_left_out = self.images_left_out or ({MISSING_FILE: missing} if missing else {})
@@ -205,6 +220,8 @@ class CocoData:
         ]
         if self.repaired:
             lines.append(f"{self.path}: boxes repaired: {_listed(self.repaired)}.")
+        if all(entry.iscrowd for entry in self.annotations):
+            lines.append(f"Warning: {self.path} has no annotation other than crowds (iscrowd 1), so there is no AP; give one with masks.")
         return [line for line in lines if line]
 
     def _require_usable(self) -> CocoData:
@@ -337,16 +354,26 @@ def _not_json(content: bytes, error: ValueError) -> str:
     start = content[:4096].removeprefix(b"\xef\xbb\xbf").strip()
     if not start:
         return "is empty: export the annotations again."
-    if start.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+    if start.startswith((b"\x1f\x8b", b"PK\x03\x04", b"7z\xbc\xaf", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "is compressed: unpack it and give the JSON file in it."
+    if start.startswith((b"\xff\xd8\xff", b"\x89PNG")):
+        return "is an image, not JSON: give the file of annotations."
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the annotations: run git lfs pull."
+    if start.strip(b"\0") == b"" or content.endswith(b"\0\0"):
+        return "holds zero bytes, as after an interrupted copy: copy or export it again."
     if start.startswith(b"<"):
         return "is XML or HTML, not JSON: export the annotations in COCO format."
     if re.match(rb"\d+([ \t]+-?\d*\.\d+){4}", start):
         return "looks like a YOLO label file, not JSON: export the annotations in COCO format."
     if isinstance(error, UnicodeDecodeError):
         return f"is not JSON in UTF-8 (byte {error.start}): give the annotations' JSON file, saved as UTF-8."
-    if isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip()) - 1:
-        return "is not JSON, it ends too early: copy or export it again, it may be truncated."
+    if isinstance(error, json.JSONDecodeError):
+        at = error.doc[error.pos :].strip()
+        if not at or error.msg.startswith("Unterminated string"):
+            return "is not JSON, it ends too early: copy or export it again, it may be truncated."
+        if at[0] in "}]" or "trailing comma" in error.msg:
+            return f"is not JSON: it has a comma too many before line {error.lineno} column {error.colno}; remove it."
     return f"is not JSON ({error}): give the annotations of a data set in COCO format."
 
 
@@ -354,8 +381,10 @@ def _foreign_list(tree: Any) -> str:
     first = tree[0] if isinstance(tree, list) and tree else None
     if isinstance(first, dict) and {"image_id", "score"} <= first.keys():
         return "it is a list of detections (COCO results)"
-    if isinstance(first, dict) and "annotations" in first:
+    if isinstance(first, dict) and {"annotations", "data"} <= first.keys():
         return "it looks like an export of Label Studio"
+    if isinstance(first, dict) and {"annotations", "image"} <= first.keys():
+        return "it looks like a CreateML file"
     return "its top level is a list" if isinstance(tree, list) else "its top level is no object"
 
 
@@ -374,20 +403,34 @@ def _foreign_object(tree: dict[str, Any]) -> str:
 
 
 def _image(entry: Any, path: Path) -> CocoImage:
-    if isinstance(entry, dict):
-        number, height, width = (whole_number(entry.get(name)) for name in ("id", "height", "width"))
-        name = entry.get("file_name")
-        if name is None and isinstance(entry.get("coco_url"), str):
-            name = "/".join(entry["coco_url"].split("/")[-2:])
-        if number is not None and height is not None and width is not None and isinstance(name, str) and name.strip():
-            if height < 1 or width < 1 or height * width > MAX_PIXELS:
-                raise InputError(
-                    f"{path}: image {number} has height {height} and width {width}; both must be at least 1, "
-                    f"and their product at most {MAX_PIXELS}: correct that entry."
-                )
-            lists = (_id_list(entry.get(key)) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
-            return CocoImage(number, _relative_name(name, path), height, width, *lists)
-    raise InputError(f"{path} has an image without a usable id, file_name, height and width ({_short(entry)}): correct that entry.")
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: an entry of images is {_short(entry)}, not an object: correct that entry.")
+    number = _required_number(entry, "id", f"an image ({_short(entry)})", path)
+    height, width = (_required_number(entry, side, f"image {number}", path) for side in ("height", "width"))
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise InputError(
+            f"{path}: image {number} has height {height} and width {width}; both must be at least 1, "
+            f"and their product at most {MAX_PIXELS}: correct that entry."
+        )
+    name = entry.get("file_name")
+    if name is None and isinstance(entry.get("coco_url"), str):
+        name = "/".join(entry["coco_url"].split("/")[-2:])
+    if not (isinstance(name, str) and name.strip()):
+        raise InputError(f"{path}: image {number} has {_given(entry, 'file_name')}; that must be a name: correct that entry.")
+    lists = (_id_list(entry.get(key)) for key in ("neg_category_ids", "not_exhaustive_category_ids"))
+    return CocoImage(number, _relative_name(name, path), height, width, *lists)
+
+
+def _required_number(entry: dict[str, Any], field: str, owner: str, path: Path) -> int:
+    """A field that must be a whole number; `owner` names the entry in the sentence."""
+    number = whole_number(entry.get(field))
+    if number is None:
+        raise InputError(f"{path}: {owner} has {_given(entry, field)}; that must be a whole number: correct that entry.")
+    return number
+
+
+def _given(entry: dict[str, Any], field: str) -> str:
+    return f"{field} {_short(entry[field])}" if field in entry else f"no {field}"
 
 
 def _relative_name(name: str, path: Path) -> str:
@@ -412,16 +455,14 @@ def _id_list(value: Any) -> tuple[int, ...] | None:
 
 
 def _category(entry: Any, path: Path) -> CocoCategory:
-    if isinstance(entry, dict):
-        number, name = whole_number(entry.get("id")), entry.get("name")
-        if isinstance(name, int) and not isinstance(name, bool):
-            name = str(name)
-        if number is not None and isinstance(name, str) and name.strip() and is_unicode(name):
-            group, frequency = (
-                value if isinstance(value, str) and is_unicode(value) else None for value in map(entry.get, ("supercategory", "frequency"))
-            )
-            return CocoCategory(number, name, group, frequency)
-    raise InputError(f"{path} has a category without a usable id and name ({_short(entry)}): correct that entry.")
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: an entry of categories is {_short(entry)}, not an object: correct that entry.")
+    number, name = _required_number(entry, "id", f"a category ({_short(entry)})", path), entry.get("name")
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    if not (isinstance(name, str) and name.strip() and is_unicode(name)):
+        raise InputError(f"{path}: category {number} has {_given(entry, 'name')}; that must be a name: correct that entry.")
+    return CocoCategory(number, name, *(_text_or_none(entry.get(field)) for field in ("supercategory", "frequency")))
 
 
 def _text_or_none(value: Any) -> str | None:

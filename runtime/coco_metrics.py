@@ -47,13 +47,15 @@ def evaluate_coco(
         the data set has no instances of a kind.
     """
     images = {image["id"]: image for image in ground_truth["images"]}
-    chosen = set(images) if image_ids is None else set(image_ids) & set(images)
+    chosen = sorted(set(images) if image_ids is None else set(image_ids) & set(images))
+    # The engine keeps ids as float64, which cannot tell large ones apart.
+    numbers = {image_id: number for number, image_id in enumerate(chosen, 1)}
     truth = {
-        "images": [images[i] for i in sorted(chosen)],
+        "images": [{**images[image_id], "id": number} for image_id, number in numbers.items()],
         "categories": [dict(category) for category in ground_truth["categories"]],
-        "annotations": _annotations(ground_truth, images, chosen, rasterise=any(kind != "bbox" for kind in iou_types)),
+        "annotations": _annotations(ground_truth, images, numbers, rasterise=any(kind != "bbox" for kind in iou_types)),
     }
-    found = [detection for detection in detections if detection["image_id"] in chosen]
+    found = [{**detection, "image_id": numbers[detection["image_id"]]} for detection in detections if detection["image_id"] in numbers]
     if _is_lvis(truth):
         return {kind: _average_precision(truth, _best_by_image(found), kind, lvis=True) for kind in iou_types}
     return {kind: _average_precision(truth, found, kind) for kind in iou_types}
@@ -77,14 +79,15 @@ def _score(detection: Mapping[str, Any]) -> float:
 
 
 def _annotations(
-    ground_truth: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], chosen: set[int], rasterise: bool
+    ground_truth: Mapping[str, Any], images: Mapping[int, Mapping[str, Any]], numbers: Mapping[int, int], rasterise: bool
 ) -> list[dict[str, Any]]:
+    """Checked copies of the annotations of the images in `numbers`, with the image ids that those give."""
     kept: list[dict[str, Any]] = []
     for annotation in ground_truth["annotations"]:
-        if annotation["image_id"] not in chosen:
+        if annotation["image_id"] not in numbers:
             continue
         # Both engines take identifier 0 for "unmatched", so annotations are numbered from 1.
-        copy = {**annotation, "id": len(kept) + 1}
+        copy = {**annotation, "id": len(kept) + 1, "image_id": numbers[annotation["image_id"]]}
         try:
             copy["iscrowd"] = int(crowd_flag(annotation.get("iscrowd")))
             if rasterise:

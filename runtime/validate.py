@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.budget import BudgetKeeper
-from runtime.coco import CocoData, CocoImage
+from runtime.coco import MISSING_FILE, CocoData, CocoImage
 from runtime.coco_metrics import evaluate_coco
 from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM
@@ -21,6 +21,7 @@ from runtime.statistics import RunStatistics, grid_statistics, timed_prediction
 if TYPE_CHECKING:
     from runtime.predictor import Predictor
 
+UNUSABLE_FILE = "image file damaged or of another size"
 IOU_TYPES = ("segm", "bbox", "boundary")
 POLICIES = ("routed", "routed@50%", *(f"uniform-{grid}" for grid in GRIDS), "size-based")
 ROUTING_SCORE = 0.5
@@ -74,6 +75,7 @@ def validate(
     if limit is not None and limit < 1:
         raise InputError(f"a limit of {limit} images leaves nothing to validate on; give 1 or more.")
     check_classes([(c.id, c.name) for c in manifest.classes], dataset)
+    missing = set(dataset.require_files())
     runs = {policy.name: _Run(policy, grid_gmacs) for policy in chosen}
     used, skipped = _run_all(predictor, dataset, runs, dataset.images[:limit], progress)
     if not used:
@@ -82,6 +84,7 @@ def validate(
         "dataset": {
             "name": dataset.name,
             "images": len(used),
+            "images_left_out": dict(Counter(MISSING_FILE if entry["image"] in missing else UNUSABLE_FILE for entry in skipped)),
             "annotations": sum(entry.image_id in used for entry in dataset.annotations),
             "annotations_left_out": dataset.left_out,
             "boxes_repaired": dataset.repaired,

@@ -75,3 +75,21 @@ def test_many_annotations_left_out_are_printed_and_in_the_result(
     data.write_text(json.dumps({"images": images, "annotations": annotations[1:], "categories": classes}))
     assert main(call) == 2
     assert "none of its 2 annotations can be used" in capsys.readouterr().err
+
+
+def test_half_of_the_images_unusable_is_said_and_no_image_is_written_over(
+    example_files: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = [{"id": entry.id, "name": entry.name} for entry in Bundle.open(example_files["bundle"]).manifest.classes]
+    height, width = example_files["image"].shape[:2]
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": height, "width": width} for i in (1, 2)]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.jpg").write_bytes(example_files["photo"].read_bytes())
+    (tmp_path / "images" / "2.jpg").write_text("no image")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"images": images, "annotations": [], "categories": classes}))
+    call = ["validate", str(example_files["bundle"]), "--data", str(data), "--grid", "uniform-28", "--json"]
+    assert main([*call, str(tmp_path / "result.json")]) == 0
+    assert f"Warning: 1 of the images of {data} could not be used" in capsys.readouterr().err
+    assert main([*call, str(tmp_path / "images" / "1.jpg")]) == 2
+    assert "is both read and written" in capsys.readouterr().err

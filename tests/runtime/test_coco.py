@@ -223,6 +223,13 @@ def test_files_of_all_unicode_encodings_are_read(tmp_path: Path, encoding: str) 
         (b"", "is empty: export"),
         (b"{", "ends too early"),
         (json.dumps(tree(entry())).encode()[:-9], "ends too early"),
+        (json.dumps(tree(entry())).encode()[:-30], "ends too early"),
+        (json.dumps(tree(entry())).encode()[:-1] + b",}", "a comma too many"),
+        (b'{"images": [{"id": 1},]}', "a comma too many"),
+        (json.dumps(tree(entry())).encode() + bytes(64), "zero bytes"),
+        (bytes(64), "zero bytes"),
+        (b"\xff\xd8\xff\xe0", "is an image"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"{'images': []}", "is not JSON"),
         (b'{"images": [1 2]}', "is not JSON"),
         (b"[" * 100_000, "nested too deeply"),
@@ -232,11 +239,14 @@ def test_files_of_all_unicode_encodings_are_read(tmp_path: Path, encoding: str) 
         (b"<annotation><object/></annotation>", "is XML or HTML"),
         (b"0 0.5 0.5 0.25 0.25\n1 0.1 0.2 0.3 0.1\n", "looks like a YOLO label file"),
         ('{"images": "ä"}'.encode("latin-1"), "is not JSON in UTF-8"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is not JSON"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "is an image"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(9), "is compressed"),
         (b"3", "its top level is no object"),
         (b"[]", "its top level is a list"),
         (b'[{"image_id": 1, "category_id": 1, "score": 0.5}]', "a list of detections"),
         (b'[{"id": 1, "annotations": [], "data": {}}]', "an export of Label Studio"),
+        (b'[{"image": "a.jpg", "annotations": []}]', "a CreateML file"),
+        (b'[{"images": [], "annotations": [], "categories": []}]', "its top level is a list"),
         (b'{"shapes": [], "imagePath": "a.jpg"}', "a labelme file"),
         (b'{"_via_img_metadata": {}}', "VGG Image Annotator"),
         (b'{"images": {"1": {}}, "annotations": [], "categories": []}', "no list of images"),
@@ -258,21 +268,21 @@ def test_a_file_that_is_no_data_set_is_refused_by_name(tmp_path: Path, content: 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("id", None, "without a usable id"),
-        ("id", "a17", "without a usable id"),
-        ("id", True, "without a usable id"),
-        ("id", 2**63, "without a usable id"),
-        ("id", 1.5, "without a usable id"),
-        ("id", [1], "without a usable id"),
-        ("height", None, "without a usable id, file_name, height"),
-        ("height", float("inf"), "without a usable id, file_name, height"),
-        ("height", "tall", "without a usable id, file_name, height"),
+        ("id", None, "has id None; that must be a whole number"),
+        ("id", "a17", "has id 'a17'; that must be a whole number"),
+        ("id", True, "has id .*; that must be a whole number"),
+        ("id", 2**63, "has id .*; that must be a whole number"),
+        ("id", 1.5, "has id .*; that must be a whole number"),
+        ("id", [1], "has id .*; that must be a whole number"),
+        ("height", None, "image 7 has height .*; that must be a whole number"),
+        ("height", float("inf"), "image 7 has height .*; that must be a whole number"),
+        ("height", "tall", "image 7 has height .*; that must be a whole number"),
         ("height", 0, "has height 0"),
         ("width", -20, "width -20"),
         ("height", 10**9, "has height 1000000000"),
-        ("file_name", None, "without a usable id, file_name"),
-        ("file_name", "", "without a usable id, file_name"),
-        ("file_name", 17, "without a usable id, file_name"),
+        ("file_name", None, "image 7 has file_name .*; that must be a name"),
+        ("file_name", "", "image 7 has file_name .*; that must be a name"),
+        ("file_name", 17, "image 7 has file_name .*; that must be a name"),
         ("file_name", "../a.png", "leads out of the folder"),
         ("file_name", "b/../../a.png", "leads out of the folder"),
         ("file_name", "..\\a.png", "leads out of the folder"),
@@ -294,7 +304,7 @@ def test_an_image_that_cannot_be_is_refused(tmp_path: Path, field: str, value: A
 
 @pytest.mark.parametrize("image", [None, 3, "a.png", ["a.png"], {}])
 def test_an_image_that_is_no_object_is_refused(tmp_path: Path, image: Any) -> None:
-    with pytest.raises(InputError, match="an image without a usable id"):
+    with pytest.raises(InputError, match=r"an entry of images is .*, not an object|an image .* has no id"):
         read(tmp_path, entry(), images=[image])
 
 
@@ -313,7 +323,7 @@ def test_an_image_that_is_no_object_is_refused(tmp_path: Path, image: Any) -> No
     ],
 )
 def test_a_category_that_cannot_be_is_refused(tmp_path: Path, category: Any) -> None:
-    with pytest.raises(InputError, match="a category without a usable id and name") as caught:
+    with pytest.raises(InputError, match=r"an entry of categories is|categor.* has (no )?(id|name)") as caught:
         read(tmp_path, entry(), categories=[category])
     str(caught.value).encode()
 
@@ -406,6 +416,24 @@ def test_images_that_are_not_there_leave_with_their_annotations(tmp_path: Path) 
     assert rest.summary()[0].startswith("Warning: ") and "1 of 2 images (50.0%) are left out" in rest.summary()[0]
     (tmp_path / "7.png").symlink_to(tmp_path / "8.png")
     assert data.without_missing_files() is data
+
+
+def test_names_that_begin_with_the_folders_own_name_are_explained(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(images / "a.png")
+    named = tree(entry(), images=[{"id": 7, "file_name": "images/a.png", "height": HEIGHT, "width": WIDTH}])
+    data = read_coco(write(tmp_path, named))
+    with pytest.raises(InputError, match=rf"such as images/a\.png: that one is in {tmp_path}; give this"):
+        data.require_files()
+    assert read_coco(data.path, tmp_path).require_files() == []
+
+
+def test_a_file_without_a_mask_to_find_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "a.png")
+    for entries in ([], [entry(iscrowd=1)]):
+        (said,) = read(tmp_path, *entries).summary()
+        assert said.startswith("Warning: ") and "no annotation other than crowds" in said
 
 
 def test_an_image_of_another_size_than_annotated_is_named(tmp_path: Path) -> None:

@@ -109,6 +109,16 @@ def test_agrees_with_pycocotools(kind, image_ids, capfd):
         assert (ours[name] if ours[name] is not None else -100) == pytest.approx(reference[name], abs=1e-6), name
 
 
+def test_image_ids_beyond_the_precision_of_floats_are_told_apart():
+    truth, detections = _dataset(3)
+    usual = evaluate_coco(truth, detections, ("segm",))
+    for entry in [*truth["annotations"], *detections]:
+        entry["image_id"] += 2**62
+    for image in truth["images"]:
+        image["id"] += 2**62
+    assert evaluate_coco(truth, detections, ("segm",)) == usual
+
+
 def test_boundary_ap_is_below_mask_ap_for_coarse_masks():
     truth, detections = _dataset(seed=1)
     exact = [

@@ -161,6 +161,7 @@ def test_broken_images_are_skipped_and_listed(data, boxes):
     result = validate(_Predictor(boxes), read_coco(data), ["uniform-112"])
     assert [item["image"] for item in result["skipped"]] == ["0.png", "1.png", "2.png"]
     assert "2.png has 5x5 pixels" in result["skipped"][2]["reason"]
+    assert result["dataset"]["images_left_out"] == {"image file missing": 1, "image file damaged or of another size": 2}
     assert result["dataset"]["images"] == 1 and result["dataset"]["annotations"] == len(boxes[3][1])
     assert result["policies"]["uniform-112"]["bbox"]["AP"] == pytest.approx(100)
     (data / "images" / "3.png").unlink()
@@ -220,7 +221,7 @@ def test_data_sets_that_do_not_fit_are_refused(data, boxes):
     with pytest.raises(InputError, match="list of images has no entry"):
         read_coco(data)
     _write(data, {**truth, "categories": [{"id": "one", "name": "star"}]})
-    with pytest.raises(InputError, match=r"category without a usable id and name .*'one'"):
+    with pytest.raises(InputError, match=r"a category .* has id 'one'; that must be a whole number"):
         read_coco(data)
     _write(data, [1, 2])
     with pytest.raises(InputError, match="is not in COCO format"):
