@@ -167,6 +167,8 @@ def _open(address: Address, connect_s: float, stall_s: float, transport: str, ha
     place = address.reveal()
     if address.kind == NETWORK:
         options["protocol_whitelist"] = _PROTOCOLS[address.scheme]
+        # FFmpeg looks at five seconds of a stream by default before the first frame; the read timeout counts that too.
+        options["analyzeduration"] = "500000"
         # The read timeout takes twice its value.
         arguments["timeout"] = (connect_s, stall_s / 2)
         if address.scheme.startswith("rtsp"):

@@ -41,7 +41,8 @@ def main(port, kind, *rest):
         factory.set_launch(RECORD.format(rest[0]))
     else:
         factory.set_launch(LIVE if kind == "live" else FILE.format(kind))
-        factory.set_shared(True)
+        # A pipeline for each client: a shared one would stand still for all while one client does not read.
+        factory.set_shared(False)
         if rest:
             require_login(server, factory, rest[0])
     server.get_mount_points().add_factory("/cam", factory)
