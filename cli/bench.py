@@ -88,7 +88,7 @@ def latency(
     with load(bundle, target, threads=threads) as predictor:
         manifest = predictor.bundle.manifest
         peer = _maskrcnn(manifest, peer_size, threads)
-        result = bench_latency(predictor, _frames(images, manifest), {against.value: peer}, repeats)
+        result = bench_latency(predictor, frames(images, manifest), {against.value: peer}, repeats)
     result["peer_size"] = peer_size.value
     _print_latency(result)
     if json is not None:
@@ -109,7 +109,8 @@ def parse_distribution(distribution: str) -> list[float]:
         raise InputError(f"--distribution {distribution} is not four numbers; write them as in 35,34,21,10.") from None
 
 
-def _frames(folder: Path | None, manifest: Manifest) -> list[Any]:
+def frames(folder: Path | None, manifest: Manifest) -> list[Any]:
+    """The images of a folder, or drawn shapes of the canvas's size, `[H, W, 3] uint8` RGB."""
     if folder is not None:
         from cli.export import find_images
         from runtime.images import read_image
@@ -143,7 +144,7 @@ def _eager(checkpoint: str, manifest: Manifest, threads: int | None) -> Eager:
     for module in branch.modules():
         if isinstance(module, DeformConv2d):
             module.by_torchvision = True
-    no_budget = torch.tensor(0.0)
+    no_budget = branch.gmac_budget()
 
     @torch.inference_mode()
     def eager(features: Any, boxes: Any, scores: Any, labels: Any, grid_override: Any) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 import typer
 
 from cli.options import Json
 from runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from runtime.bundle import Bundle
+    from runtime.costs import MeasuredCosts
 
 Value = TypeVar("Value")
 
@@ -44,6 +48,10 @@ def build_engine(
             "smallest canvas that holds it, so that the GPU computes less padding.",
         ),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(help="Measure shortly how long the engine takes on this machine, as dynamask calibrate does, if it can run here."),
+    ] = True,
     json: Json = None,
 ) -> None:
     """Build the engine of a bundle for a target. It replaces an earlier one for that target, unless nothing has changed since.
@@ -57,8 +65,10 @@ def build_engine(
     from rich.console import Console
     from rich.progress import Progress
 
+    from cli.calibrate import summary
     from cli.data import parse_size
     from export import engine
+    from runtime.bundle import Bundle
     from runtime.files import write_json
 
     capabilities = [part.strip() for given in compute_capability or () for part in given.split(",") if part.strip()]
@@ -67,9 +77,26 @@ def build_engine(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         phases = _Phases(progress)
         result = engine.build_engine(bundle, target, precision, capabilities, batches, canvases, phases.update)
-    if json is not None:
-        write_json(json, result)
     typer.echo(_summary(result))
+    costs = _calibrate(Bundle.open(bundle), target) if calibrate else None
+    if json is not None:
+        write_json(json, result | {"costs": None if costs is None else costs.model_dump(mode="json")})
+    if costs is not None:
+        typer.echo(summary(costs))
+
+
+def _calibrate(bundle: Bundle, target: str) -> MeasuredCosts | None:
+    """Measured times of the engine, unless it has some; None, with a notice, where they cannot be measured."""
+    from cli.calibrate import measure
+    from runtime.calibration import SHORT
+
+    if (known := bundle.engine(target, verify=False).costs) is not None:
+        return known
+    try:
+        return measure(bundle, SHORT, target)[1]
+    except InputError as error:
+        typer.echo(f"The engine's times were not measured: {error}", err=True)
+        return None
 
 
 def _parse_profile(option: str, given: str, parse: Callable[[str], Value], example: str) -> tuple[Value, Value, Value]:

@@ -14,6 +14,7 @@ from cli import terminal
 from cli.ablate import ablate
 from cli.bench import app as bench
 from cli.build_engine import build_engine
+from cli.calibrate import calibrate
 from cli.data import app as data
 from cli.demo import demo
 from cli.doctor import doctor
@@ -59,6 +60,7 @@ app.command(rich_help_panel="Make")(finetune)
 app.command(rich_help_panel="Make")(train)
 app.command(rich_help_panel="Make")(export)
 app.command("build-engine", rich_help_panel="Make")(build_engine)
+app.command(rich_help_panel="Make")(calibrate)
 app.command(rich_help_panel="Run")(predict)
 app.command(rich_help_panel="Run")(stream)
 app.command(rich_help_panel="Measure")(validate)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from runtime.predictor import Predictor
 
 POLICIES_HELP = (
     "routed: the model chooses for each instance. routed@50%: the same, at a mean cost of at most 50 % of the largest grid's. "
     "routed@0.6gmac: the same, at a mean cost of at most 0.6 GMAC per instance. "
+    "routed@20ms: the same, at a predicted time of at most 20 ms for detector and masks of each frame, by the times of dynamask calibrate. "
     "uniform-14, uniform-28, uniform-56, uniform-112: that grid for all. size-based: the size of the box decides."
 )
+
+
+def print_notice(predictor: Predictor) -> None:
+    """Say on standard error if the engine's times were measured elsewhere (`Predictor.costs_notice`)."""
+    if (notice := predictor.costs_notice()) is not None:
+        typer.echo(notice, err=True)
 
 
 def check_file(path: Path | None) -> Path | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads, check_file
+from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads, check_file, print_notice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,7 +66,8 @@ def predict(
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
-    with load(opened, target, policy.budget_gmacs, threads) as predictor:
+    with load(opened, target, policy.budget_gmacs, threads, policy.budget_ms) as predictor:
+        print_notice(predictor)
         readable = _read(files, failures)
         while group := list(itertools.islice(readable, predictor.engine.profile.batch[-1])):
             found = predictor.batch([image for *_, image in group], grid_override=policy.grid_override, min_score=score)
@@ -120,6 +121,7 @@ def _record(number: int, path: Path, instances: Instances) -> dict[str, Any]:
         "height": height,
         "width": width,
         "times_ms": instances.times_ms,
+        **({"predicted_ms": instances.predicted_ms} if instances.predicted_ms else {}),
         "detections": instances.to_coco(number),
     }
 

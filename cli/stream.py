@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads
+from cli.options import BundleFolder, Grid, Json, Limit, Score, Target, Threads, print_notice
 
 if TYPE_CHECKING:
     from runtime.frames import Source
@@ -47,8 +47,9 @@ def stream(
 ) -> None:
     """Find the instances in videos: an annotated video, and the detections as lines of JSON.
 
-    A budget (routed@...) is kept over the whole stream. With several sources, --output, --jsonl and --frames-dir are folders, and each
-    source gets a file (or folder) in them. Ctrl-C ends the stream and finishes the files.
+    A budget in GMAC (routed@50%) is kept over the whole stream, one in milliseconds (routed@20ms) in each frame. With several sources,
+    --output, --jsonl and --frames-dir are folders, and each source gets a file (or folder) in them. Ctrl-C ends the stream and finishes
+    the files.
 
     Example: dynamask stream lite0.bundle video.mp4 --output annotated.mp4 --jsonl detections.jsonl
     """
@@ -62,6 +63,8 @@ def stream(
     opened = Bundle.open(bundle)
     policy = parse_policy(grid, opened.manifest.grid_gmacs)
     with load(opened, target, threads=threads) as predictor:
+        print_notice(predictor)
+        predictor.check_budget(policy.budget_gmacs, policy.budget_ms)
         results = []
         for source, outputs in zip(sources, plans, strict=True):
             results.append(_run(predictor, source, outputs, policy, score, limit))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import POLICIES_HELP, BundleFolder, Json, Limit, Target, Threads, check_file
+from cli.options import POLICIES_HELP, BundleFolder, Json, Limit, Target, Threads, check_file, print_notice
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,7 @@ def validate(
     """Measure accuracy and latency of a bundle on a COCO data set, for several grid policies.
 
     A grid policy is a rule that chooses the resolution of each mask. All policies run on each image in turn, so that their figures can
-    be compared. A budget (routed@...) is kept over all images.
+    be compared. A budget in GMAC (routed@50%) is kept over all images, one in milliseconds (routed@20ms) in each.
 
     Example: dynamask validate lite0.bundle --data shapes --grid routed,routed@50%,uniform-112 --report report.html
     """
@@ -68,6 +68,7 @@ def validate(
         typer.echo(line, err=True)
     policies = POLICIES if grid is None else [name.strip() for name in grid.split(",") if name.strip()]
     with load(bundle, target, threads=threads) as predictor:
+        print_notice(predictor)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("validating", total=None)
             result = run_validation(
@@ -102,6 +103,9 @@ def _print(result: dict[str, Any]) -> None:
     shares = {name: ["/".join(f"{100 * share:.0f}" for share in policy["share"].values())] for name, policy in policies.items()}
     console.print(_table("share of grids, %", ("14/28/56/112",), shares))
     console.print(_table("latency per image, ms", ("", *LATENCIES), {name: _latency(policy) for name, policy in policies.items()}))
+    if predicted := {name: _predicted(policy["predicted"]) for name, policy in policies.items() if policy["predicted"]}:
+        columns = ("masks\nms", "predicted /\nmeasured", "frame\nms", "predicted /\nmeasured")
+        console.print(_table("predicted time of mask branch and frame (detector and masks), medians", columns, predicted))
     for item in result["skipped"]:
         console.print(f"skipped {item['image']}: {item['reason']}", soft_wrap=True)
     for reason, count in result["dataset"]["annotations_left_out"].items():
@@ -146,3 +150,7 @@ def _latency(policy: dict[str, Any]) -> list[str]:
 
     parts = ["\n".join(f"{policy['latency_ms'][part][quantile]:.1f}" for quantile in QUANTILES) for part in LATENCIES]
     return ["\n".join(QUANTILES), *parts]
+
+
+def _predicted(predicted: dict[str, dict[str, float]]) -> list[str]:
+    return [cell for part in ("masks", "frame") for cell in (f"{predicted[part]['ms']:.1f}", f"{predicted[part]['ratio']:.2f}")]

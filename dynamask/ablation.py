@@ -123,12 +123,16 @@ class Plan(_Strict):
         """The policies of the row.
 
         Raises:
-            InputError: there is no such policy, or the row has a Mask R-CNN head with another grid.
+            InputError: there is no such policy, it has a budget in milliseconds, or the row has a Mask R-CNN head with another grid.
         """
         grid = self.config(row, self.seeds[0]).model.mask_grid
         policies = row.policies or (("routed",) if grid is None else (f"uniform-{grid}",))
         for policy in policies:
-            parse_policy(policy, dict.fromkeys(GRIDS, 1.0))
+            if parse_policy(policy, dict.fromkeys(GRIDS, 1.0)).budget_ms:
+                raise InputError(
+                    f"row {row.name!r}: policy {policy} is in milliseconds, which PyTorch's models do not count in: write a percentage of "
+                    "the largest grid's cost (routed@50%)."
+                )
             if grid is not None and policy != f"uniform-{grid}":
                 raise InputError(
                     f"row {row.name!r}: policy {shortened(policy)} does not fit a Mask R-CNN head, which has one grid, {grid}: "

@@ -14,6 +14,7 @@ from dynamask.flops import MacCounter
 from dynamask.initialise import gaussian, kaiming
 from dynamask.losses import grid_cross_entropy, switched_loss
 from dynamask.mask_branch import MaskBranch, MaskLosses, RoutedMasks
+from dynamask.msm import Budget
 from dynamask.rfpn import own_class_logits
 from dynamask.roi import image_rois
 from runtime.errors import InputError
@@ -54,7 +55,7 @@ class MaskRCNNBranch(MaskBranch):
         return MaskLosses(losses, {f"mask_{grid}": float(loss.detach().mean())})
 
     def segment(
-        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Tensor, override: Tensor
+        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Budget, override: Tensor
     ) -> RoutedMasks:
         """As `MaskBranch.segment`; every instance gets the branch's grid, whatever the budget.
 

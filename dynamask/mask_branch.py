@@ -17,7 +17,7 @@ from dynamask.config import TrainConfig
 from dynamask.detector import Detections
 from dynamask.flops import PAPER_GMACS, MacCounter
 from dynamask.losses import edge_target, grid_cross_entropy, mask_branch_losses, mean_cost, switched_loss
-from dynamask.msm import MaskSwitch, Routing, gumbel_noise, plan_routing, straight_through
+from dynamask.msm import Budget, MaskSwitch, Routing, gumbel_noise, plan_routing, straight_through
 from dynamask.rfpn import GridHeads, RegionFPN
 from dynamask.roi import image_rois, pyramid_roi_align
 from runtime.graph import GRIDS
@@ -102,7 +102,7 @@ class MaskBranch(nn.Module, ABC):
 
     @abstractmethod
     def segment(
-        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Tensor, override: Tensor
+        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Budget, override: Tensor
     ) -> RoutedMasks:
         """The masks of one image.
 
@@ -110,7 +110,7 @@ class MaskBranch(nn.Module, ABC):
             pyramid: P2..P5 `[1, C, H_l, W_l]`.
             detections: K slots.
             canvas: height and width, pixels.
-            budget: `[]`, mean GMAC per instance; none where 0 or less.
+            budget: the limits on the cost of the masks, and the costs (`gmac_budget`).
             override: `[K] int64`, see `dynamask.msm.route`.
 
         Raises:
@@ -139,6 +139,10 @@ class MaskBranch(nn.Module, ABC):
     def image_gmacs(self, canvas: tuple[int, int]) -> float:
         """The cost of the work that the branch does once per image of `canvas` (height, width, pixels), GMAC."""
         return 0.0
+
+    def gmac_budget(self, mean_gmacs: Tensor | float = 0.0) -> Budget:
+        """A limit on the mean GMAC of an instance's mask; none where it is 0 or less."""
+        return Budget.of_mean(torch.as_tensor(mean_gmacs, dtype=torch.float32, device=self.costs.device), self.costs)
 
     @property
     def paper_costs(self) -> Tensor:
@@ -193,21 +197,21 @@ class DynamicMaskBranch(MaskBranch):
         return MaskLosses(losses, shares | statistics)
 
     def segment(
-        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Tensor, override: Tensor
+        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Budget, override: Tensor
     ) -> RoutedMasks:
         """As `MaskBranch.segment`; every grid can be asked for."""
         masks = self.mask_pass(pyramid, detections, canvas, budget, override)
         return RoutedMasks(masks.routing.grids, masks.routing.slots, masks.logits)
 
     def mask_pass(
-        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Tensor, override: Tensor
+        self, pyramid: Sequence[Tensor], detections: Detections, canvas: tuple[int, int], budget: Budget, override: Tensor
     ) -> MaskPass:
         """The routed pass: stage k of the r-FPN runs on the instances whose grid is k or larger, and on no others."""
         slots = torch.nonzero(detections.scores > 0)[:, 0]
         mask_boxes, overrides = detections.boxes.index_select(0, slots), override.index_select(0, slots)
         region = self.region(pyramid, image_rois(mask_boxes))
         msm_logits = self.msm(region)
-        routing = plan_routing(msm_logits, mask_boxes, overrides, slots, budget, self.costs, canvas, len(override))
+        routing = plan_routing(msm_logits, mask_boxes, overrides, slots, budget, canvas, len(override))
 
         laterals = self.rfpn.lateral(pyramid)
         feature, boxes, logits = self.rfpn.tiny(region), mask_boxes, []

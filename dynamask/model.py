@@ -17,7 +17,7 @@ from dynamask.fam import FUSIONS
 from dynamask.flops import MacCounter
 from dynamask.mask_branch import DynamicMaskBranch, FourTensors, MaskBranch
 from dynamask.mask_targets import grid_targets
-from dynamask.msm import MaskSwitch
+from dynamask.msm import Budget, MaskSwitch
 from dynamask.rfpn import GridHeads, RegionFPN
 from dynamask.roi import batch_rois
 from runtime.errors import InputError
@@ -135,19 +135,22 @@ class DynaMask(Detector):
         return {**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()}, "masks": masks.to(device)}
 
     @torch.inference_mode()
-    def predict(self, image: Tensor, budget_gmacs: Tensor | float = 0.0, grid_override: Tensor | int = MSM) -> GraphOutput:
+    def predict(
+        self, image: Tensor, budget_gmacs: Tensor | float = 0.0, grid_override: Tensor | int = MSM, budget: Budget | None = None
+    ) -> GraphOutput:
         """Detections and masks of one normalised canvas, as the exported graph gives them; the model is in evaluation mode.
 
         Args:
             image: `[1, 3, H, W] float32`, on the model's device.
             budget_gmacs: mean GMAC per instance; 0 or less for the paper's argmax.
             grid_override: one value for all slots, or `[K] int64` (`dynamask.msm.route`).
+            budget: other limits or costs in place of `budget_gmacs`.
         """
         override = torch.as_tensor(grid_override, dtype=torch.int64, device=image.device).expand(self.sizes.detections)
-        limit = torch.as_tensor(budget_gmacs, dtype=torch.float32, device=image.device)
+        limits = self.mask_branch.gmac_budget(budget_gmacs) if budget is None else budget
         found = self.detect(image)
         canvas = (int(image.shape[-2]), int(image.shape[-1]))
-        return GraphOutput(*found.detections, *self.mask_branch.segment(found.pyramid, found.detections, canvas, limit, override))
+        return GraphOutput(*found.detections, *self.mask_branch.segment(found.pyramid, found.detections, canvas, limits, override))
 
     def _mask_samples(self, samples: Samples, targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The positives that reach the mask branch: RoIs `[N, 5]`, labels `[N]` from 0; all masks `[M, H, W]`, and each RoI's `[N]`."""

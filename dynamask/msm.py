@@ -52,35 +52,61 @@ class MaskSwitch(nn.Module):
         return logits
 
 
-def route(log_probabilities: Tensor, costs: Tensor, budget: Tensor, sizes: Tensor, override: Tensor) -> Tensor:
+class Budget(NamedTuple):
+    """Two limits on the cost of masks, and the costs that they are counted in: GMAC, milliseconds or any other unit.
+
+    The total cost of instances is the sum of their own costs, and the fixed cost of the largest grid among them, which is paid once.
+    """
+
+    mean: Tensor
+    """`[]`, the largest mean of the instances' own costs; none where it is 0 or less."""
+    total: Tensor
+    """`[]`, the largest total cost; none where it is 0 or less."""
+    costs: Tensor
+    """`[2, 4]`, by grid: an instance's own cost, ascending, and the fixed cost, not descending."""
+
+    @classmethod
+    def of_mean(cls, mean: Tensor, costs: Tensor) -> Budget:
+        """A limit on the mean, in the unit of `costs [4]`."""
+        return cls(mean, torch.zeros_like(mean), torch.stack([costs, torch.zeros_like(costs)]))
+
+
+def route(log_probabilities: Tensor, budget: Budget, sizes: Tensor, override: Tensor) -> Tensor:
     """The grid of each instance, 0..3, at inference.
 
-    `argmax_k (log p_k - lambda c_k)` with lambda the smallest for which the mean cost keeps to the budget. The mean cost falls in
-    steps as lambda rises, and steps only where some instance is indifferent between two grids, so that trying those values finds
-    lambda exactly. With no budget lambda is 0: the paper's argmax (Eq. 1). A budget below the smallest grid's cost gives the smallest grid.
+    `argmax_k (log p_k - lambda c_k)` with lambda the smallest that keeps to the budget. Mean and total cost fall in steps as lambda
+    rises, and step only where some instance is indifferent between two grids, so that trying those values finds lambda exactly. With no
+    limit lambda is 0: the paper's argmax (Eq. 1). A limit below the smallest grid's cost gives the smallest grid.
 
     Args:
         log_probabilities: `[N, 4]`; log p of Eq. 1.
-        costs: `[4]`, ascending, GMAC per instance.
-        budget: `[]`, mean GMAC per instance; none where it is 0 or less.
+        budget: the limits, and c_k.
         sizes: `[N]`, the side of the box over the side of the canvas, `sqrt(w h / (w0 h0))`, for the size-based rule.
         override: `[N] int64`: `MSM`, `SIZE_BASED` (Eq. 8), or a grid 0..3. Only instances left to the MSM count for the budget.
 
     Returns:
         `[N] int64`.
     """
-    free = (override == MSM).to(log_probabilities.dtype)
+    costs, fixed = budget.costs[0], budget.costs[1]
+    routed = override == MSM
+    free = routed.to(log_probabilities.dtype)
     weight = free / free.sum().clamp(min=1.0)
     lambdas = _indifference(log_probabilities, costs)
     # The axes of argmax count from the front: from the back, ONNX Runtime 1.23 gives a wrong shape where N is 0.
     grids = torch.argmax(log_probabilities[None] - lambdas[:, None, None] * costs, dim=2)
-    mean_cost = (costs[grids] * weight).sum(dim=1)
-    feasible = (mean_cost <= budget * (1 + 1e-6)) | (budget <= 0)
+    own = costs[grids]
+    # The column of zeros gives the maximum a value where N is 0.
+    largest = torch.cat([torch.where(routed, grids, 0), torch.zeros_like(lambdas, dtype=torch.int64)[:, None]], dim=1).amax(dim=1)
+    feasible = _within((own * weight).sum(dim=1), budget.mean) & _within((own * free).sum(dim=1) + fixed[largest], budget.total)
     # The last candidate gives every instance the smallest grid; it is the fallback where even that exceeds the budget.
     chosen = torch.where(feasible, lambdas, lambdas.max()).min()
-    routed = torch.argmax(log_probabilities - chosen * costs, dim=1)
-    grids = torch.where(override == SIZE_BASED, size_based_grid(sizes), routed)
+    best = torch.argmax(log_probabilities - chosen * costs, dim=1)
+    grids = torch.where(override == SIZE_BASED, size_based_grid(sizes), best)
     return torch.where((override >= 0) & (override < SIZE_BASED), override, grids)
+
+
+def _within(cost: Tensor, limit: Tensor) -> Tensor:
+    return (cost <= limit * (1 + 1e-6)) | (limit <= 0)
 
 
 def _indifference(log_probabilities: Tensor, costs: Tensor) -> Tensor:
@@ -116,8 +142,7 @@ def plan_routing(
     boxes: Tensor,
     override: Tensor,
     slots: Tensor,
-    budget: Tensor,
-    costs: Tensor,
+    budget: Budget,
     canvas: tuple[int, int],
     detections: int,
 ) -> Routing:
@@ -128,14 +153,13 @@ def plan_routing(
         boxes: `[n, 4]`, xyxy in canvas pixels.
         override: `[n] int64`, as in `route`.
         slots: `[n] int64`, the detection slot of each instance.
-        budget: `[]`, as in `route`.
-        costs: `[4]`, GMAC per instance.
+        budget: as in `route`.
         canvas: height and width, pixels.
         detections: K.
     """
     areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
     sides = torch.sqrt(areas / float(canvas[0] * canvas[1]))
-    grids = route(torch.log_softmax(msm_logits, dim=-1), costs, budget, sides, override)
+    grids = route(torch.log_softmax(msm_logits, dim=-1), budget, sides, override)
     all_grids = torch.full((detections,), -1, dtype=torch.int64, device=grids.device).scatter(0, slots, grids)
     continuing, exiting, exit_slots = [], [], []
     for k in range(len(GRIDS)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dynamask.detector import CANDIDATES_PER_DETECTION, RPN_NMS_THRESHOLD
 from dynamask.mask_branch import DynamicMaskBranch
 from dynamask.model import DynaMask
+from dynamask.msm import Budget
 from export.seams import DETECTOR_SEAMS, MASK_SEAMS, GraphFacts, write_facts
 from runtime.files import atomic_path
 from runtime.graph import DETECTIONS, GRIDS, INPUTS, MSM, OUTPUTS
@@ -31,12 +32,14 @@ class InferenceGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor, min_score: Tensor, budget: Tensor, grid_override: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, image: Tensor, min_score: Tensor, budget: Tensor, total_budget: Tensor, costs: Tensor, grid_override: Tensor
+    ) -> tuple[Tensor, ...]:
         branch = self.model.mask_branch
         assert isinstance(branch, DynamicMaskBranch)
         found = self.model.detect(image, min_score)
         canvas = (image.shape[-2], image.shape[-1])
-        masks = branch.mask_pass(found.pyramid, found.detections, canvas, budget, grid_override)
+        masks = branch.mask_pass(found.pyramid, found.detections, canvas, Budget(budget, total_budget, costs), grid_override)
         routing = masks.routing
         outputs = (*found.detections, routing.grids, *routing.slots, *masks.logits)
         detector_seams = (
@@ -67,7 +70,9 @@ def export_graph(model: DynaMask, path: Path, canvas: tuple[int, int]) -> dict[s
     Names and shapes of inputs, outputs and inner boundary tensors are those of docs/architecture.md.
     """
     slots = model.config.model.detections
-    example = (torch.zeros(1, 3, *canvas), torch.tensor(0.0), torch.tensor(0.0), torch.full((slots,), MSM, dtype=torch.int64))
+    image, override = torch.zeros(1, 3, *canvas), torch.full((slots,), MSM, dtype=torch.int64)
+    # Tensors of their own: inputs that are one tensor would become one input.
+    example = (image, torch.tensor(0.0), *(tensor.clone() for tensor in model.mask_branch.gmac_budget()), override)
     # The exporter counts steps on standard output and warns about its own and torchvision's deprecations.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

@@ -5,7 +5,7 @@ name (`trt_plugins`). The parts to replace lie between seams (`export.seams`); t
 
 The portable graph takes one image on one canvas; a `Profile` lets the lowered one take several, and other canvases. Between this project's
 operators nothing depends on either. Slots stay flat: slot k of image b is row `K b + k` of `boxes`, `scores`, `labels`, `grids` and
-`grid_override`, and `slots_14` to `slots_112` hold row numbers. The budget is the mean over the instances of all images of a run.
+`grid_override`, and `slots_14` to `slots_112` hold row numbers. The budgets are of the instances of all images of a run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from export.seams import RPN_DELTAS, RPN_LOGITS, GraphFacts, read_facts
 from runtime.bundle import MODEL, Profile
 from runtime.errors import InputError
-from runtime.graph import CONTINUE, DETECTIONS, EXIT, INPUTS, PYRAMID, SLOTS
+from runtime.graph import CONTINUE, COST_CONTROLS, DETECTIONS, EXIT, INPUTS, PYRAMID, SLOTS
 from trt_plugins.deform_conv.operator import pack_weight
 from trt_plugins.msm_route.operator import SIZES
 from trt_plugins.operator import DType, Operator, TensorSpec
@@ -100,7 +100,8 @@ def lower(model: onnx.ModelProto, profile: Profile | None = None) -> Lowered:
     check_supported(graph)
     lowered = gs.export_onnx(graph)
     lowered.metadata_props.extend(model.metadata_props)
-    return Lowered(lowered, tuple(rewrites), operators, _ranges(facts, profile))
+    ranges = _ranges(facts, profile)
+    return Lowered(lowered, tuple(rewrites), operators, {value.name: ranges[value.name] for value in lowered.graph.input})
 
 
 def lower_proposals(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
@@ -136,16 +137,19 @@ def lower_detections(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> in
 
 def lower_routing(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
     """Replace the nodes from the MSM's logits to the grids and the lists of every stage by one DynaMaskMsmRoute."""
-    inputs = _seams(graph, "msm_logits", "mask_boxes", "mask_overrides", "slots", "budget")
-    attributes = {
-        "batch": profile.batch[-1],
-        "stride": facts.strides[0],
-        "detections": facts.detections,
-        "costs": list(facts.costs),
-    }
+    inputs = _seams(graph, "msm_logits", "mask_boxes", "mask_overrides", "slots", "budget") + _cost_controls(graph, facts)
+    attributes = {"batch": profile.batch[-1], "stride": facts.strides[0], "detections": facts.detections}
     node = _operator("MsmRoute", "msm_route", attributes, [*map(_widened, inputs), _finest_map(graph)])
     replace_between(graph, inputs, _seams(graph, "grids", *CONTINUE, *EXIT, *SLOTS), node, sizes=SIZES)
     return 1
+
+
+def _cost_controls(graph: gs.Graph, facts: GraphFacts) -> list[gs.Tensor]:
+    """The inputs `COST_CONTROLS`, or constants for a graph of an earlier version, which has its costs inside."""
+    if any(tensor.name in COST_CONTROLS for tensor in graph.inputs):
+        return _seams(graph, *COST_CONTROLS)
+    values = (np.array(0, np.float32), np.array([facts.costs, [0.0] * len(facts.costs)], np.float32))
+    return [gs.Constant(name, value) for name, value in zip(COST_CONTROLS, values, strict=True)]
 
 
 def lower_pyramid_roi_align(graph: gs.Graph, facts: GraphFacts, profile: Profile) -> int:
@@ -331,7 +335,7 @@ def _ranges(facts: GraphFacts, profile: Profile) -> dict[str, tuple[Shape, Shape
     """`Lowered.ranges`."""
     images: list[Shape] = [(count, 3, *canvas) for count, canvas in zip(profile.batch, profile.canvas, strict=True)]
     slots: list[Shape] = [(count * facts.detections,) for count in profile.batch]
-    vary = {"image": images, "grid_override": slots}
+    vary: dict[str, list[Shape]] = {"image": images, "grid_override": slots, "costs": [(2, len(facts.costs))] * 3}
     return {name: (minimum, optimum, maximum) for name in INPUTS for minimum, optimum, maximum in [vary.get(name, [(), (), ()])]}
 
 

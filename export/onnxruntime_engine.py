@@ -35,9 +35,11 @@ def build_onnxruntime(
     model = _load(bundle.path / MODEL)
     if not has_deform_conv():
         replace_deform_conv(model)
+    # Graphs of earlier versions lack some of the controls.
+    controls = [value.name for value in model.graph.input if value.name in MASK_CONTROLS]
     parts = {
         DETECTOR: _cut(bundle, model, DETECTOR_INPUTS, (*PYRAMID, *DETECTIONS)),
-        MASKS: _cut(bundle, model, (*PYRAMID, *DETECTIONS, *MASK_CONTROLS), MASK_OUTPUTS),
+        MASKS: _cut(bundle, model, (*PYRAMID, *DETECTIONS, *controls), MASK_OUTPUTS),
     }
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in parts}

@@ -92,8 +92,8 @@ def bench_routing(
         raise InputError(f"{repeats} repeats measure nothing; give 1 or more.")
     random = np.random.default_rng(seed)
     inputs = random_inputs(mask_engine, instances, random)
-    overrides = {f"uniform {grid}": _override(manifest.detections, np.full(instances, g)) for g, grid in enumerate(GRIDS)}
-    overrides["routed"] = _override(manifest.detections, random.permutation(np.repeat(np.arange(4), counts)))
+    overrides = {f"uniform {grid}": slot_grids(manifest.detections, np.full(instances, g)) for g, grid in enumerate(GRIDS)}
+    overrides["routed"] = slot_grids(manifest.detections, random.permutation(np.repeat(np.arange(4), counts)))
     contenders: dict[str, Callable[[], Any]] = {name: _engine_call(mask_engine, inputs, override) for name, override in overrides.items()}
     if eager is not None:
         contenders["eager routed"] = _eager_call(eager, inputs, overrides["routed"])
@@ -134,17 +134,24 @@ def _routing_figures(times: Mapping[str, float], counts: Sequence[int], gmacs: S
 
 def random_inputs(engine: MaskEngine, instances: int, random: np.random.Generator) -> MaskInputs:
     """Normally distributed features of the engine's own shapes, and `instances` filled slots in front of empty ones."""
-    manifest = engine.manifest
+    features = tuple(random.standard_normal(shape, np.float32) for shape in engine.feature_shapes)
+    return MaskInputs(features, *random_slots(engine.manifest, instances, random))
+
+
+def random_slots(
+    manifest: Manifest, instances: int, random: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    """Boxes `[K, 4]`, scores `[K]` and labels `[K]` of `instances` filled slots in front of empty ones."""
     slots = manifest.detections
     boxes, scores, labels = np.zeros((slots, 4), np.float32), np.zeros(slots, np.float32), np.full(slots, MSM, np.int64)
     boxes[:instances] = random_boxes(instances, *manifest.canvas, random)
     scores[:instances] = np.sort(random.uniform(max(0.5, manifest.score_threshold), 1, instances))[::-1]
     labels[:instances] = random.integers(0, len(manifest.classes), instances)
-    features = tuple(random.standard_normal(shape, np.float32) for shape in engine.feature_shapes)
-    return MaskInputs(features, boxes, scores, labels)
+    return boxes, scores, labels
 
 
-def _override(slots: int, grids: NDArray[Any]) -> NDArray[np.int64]:
+def slot_grids(slots: int, grids: NDArray[Any]) -> NDArray[np.int64]:
+    """The `grid_override` `[slots]` that gives the first slots these grids (0 to 3), and leaves the others to the model."""
     override = np.full(slots, MSM, np.int64)
     override[: len(grids)] = grids
     return override

@@ -27,7 +27,9 @@ MASKS = tuple(f"masks_{grid}" for grid in GRIDS)
 """For each grid, the mask logits of these slots."""
 
 DETECTOR_INPUTS = ("image", "min_score")
-MASK_CONTROLS = ("budget", "grid_override")
+COST_CONTROLS = ("total_budget", "costs")
+"""The inputs that graphs of earlier versions lack: those have their costs in GMAC inside, and keep the mean of an instance alone."""
+MASK_CONTROLS = ("budget", *COST_CONTROLS, "grid_override")
 """The inputs of the mask branch besides the outputs of the detector."""
 MASK_OUTPUTS = ("grids", *SLOTS, *MASKS)
 INPUTS = (*DETECTOR_INPUTS, *MASK_CONTROLS)

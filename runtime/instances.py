@@ -56,6 +56,8 @@ class Instances:
     times_ms: dict[str, float] = field(default_factory=dict)
     """Milliseconds of `preprocess`, `detector` and `masks`; of `paste` in a stream or if the engine pasted the masks; in a stream also of
     `total`."""
+    predicted_ms: dict[str, float] = field(default_factory=dict)
+    """Milliseconds of `detector` and `masks` as the engine's measured costs predict them; empty where none were measured."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -72,6 +74,7 @@ class Instances:
             size=self.size,
             classes=self.classes,
             times_ms=self.times_ms,
+            predicted_ms=self.predicted_ms,
         )
 
     @cached_property

@@ -6,7 +6,7 @@ import abc
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -65,7 +65,7 @@ class Sink(abc.ABC):
 
 
 class JsonLinesSink(Sink):
-    """One JSON object a line and frame: `index`, `time_s`, `name`, `times_ms`, `detections`.
+    """One JSON object a line and frame: `index`, `time_s`, `name`, `times_ms`, `predicted_ms` (where costs were measured), `detections`.
 
     A detection is a COCO result as `Instances.to_coco` gives it (its `image_id` the frame's index), and `class`, the name of its class.
     Every line is on disk as soon as it is written, in `<stem>.<random>.partial<suffix>` until the end. Into a device, a pipe or an open
@@ -94,7 +94,8 @@ class JsonLinesSink(Sink):
             "time_s": round(frame.time_s, 6),
             "name": frame.name,
             **frame.details,
-            "times_ms": {part: round(ms, 3) for part, ms in instances.times_ms.items()},
+            "times_ms": _rounded(instances.times_ms),
+            **({"predicted_ms": _rounded(instances.predicted_ms)} if instances.predicted_ms else {}),
             "detections": detections(instances, frame.index),
         }
         line = memoryview(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
@@ -273,6 +274,10 @@ def _fit(image: Image, height: int, width: int) -> Image:
     canvas = np.zeros((height, width, 3), dtype=np.uint8)
     canvas[:rows, :columns] = resize(image, rows, columns, scale)
     return canvas
+
+
+def _rounded(times_ms: Mapping[str, float]) -> dict[str, float]:
+    return {part: round(ms, 3) for part, ms in times_ms.items()}
 
 
 @contextlib.contextmanager

@@ -20,18 +20,25 @@ PARTS = ("preprocess", "detector", "masks", "paste")
 TOTAL = "total"
 """From the decoded image to the pasted masks."""
 LATENCIES = (*PARTS, TOTAL)
+PREDICTED: Mapping[str, tuple[str, ...]] = {"masks": ("masks",), "frame": ("detector", "masks")}
+"""The times that measured costs predict, and the parts that they are the sum of."""
 QUANTILES = ("p50", "p95", "p99")
 
 
 def timed_prediction(
-    predictor: Predictor, image: npt.NDArray[np.uint8], budget_gmacs: float, grid_override: int, min_score: float = 0.0
+    predictor: Predictor,
+    image: npt.NDArray[np.uint8],
+    budget_gmacs: float,
+    grid_override: int,
+    min_score: float = 0.0,
+    budget_ms: float | None = None,
 ) -> Instances:
     """The instances in an image with their masks pasted; `times_ms` has all of `LATENCIES`.
 
     The arguments are those of `Predictor.__call__`.
     """
     start = time.perf_counter()
-    instances = predictor(image, budget_gmacs, grid_override, min_score)
+    instances = predictor(image, budget_gmacs, grid_override, min_score, budget_ms)
     before_paste = time.perf_counter()
     deque(instances.crops(), maxlen=0)  # The instances keep their crops: they are pasted only once.
     end = time.perf_counter()
@@ -49,17 +56,35 @@ class RunStatistics:
         self._grid_gmacs = grid_gmacs
         self._counts: Counter[int] = Counter()
         self._times_ms = {part: array("d") for part in LATENCIES}
+        self._predicted_ms = {part: array("d") for part in PREDICTED}
+        self._ratios = {part: array("d") for part in PREDICTED}
 
     def add(self, instances: Instances) -> None:
         """Count the instances of one image, with `times_ms` as `timed_prediction` gives them."""
         self._counts.update(instances.grids.tolist())
         for part, times in self._times_ms.items():
             times.append(instances.times_ms[part])
+        if instances.predicted_ms:
+            for part, parts in PREDICTED.items():
+                predicted, measured = (sum(times[name] for name in parts) for times in (instances.predicted_ms, instances.times_ms))
+                self._predicted_ms[part].append(predicted)
+                self._ratios[part].append(predicted / measured)
 
     def summary(self) -> dict[str, Any]:
-        """`instances`, `gmacs` and `share` of `grid_statistics`, and `latency_ms`: the `percentiles` of each of `LATENCIES`."""
+        """The figures of all images.
+
+        Returns:
+            `instances`, `gmacs` and `share` of `grid_statistics`; `latency_ms`, the `percentiles` of each of `LATENCIES`; and `predicted`,
+            None without predictions: for `masks` and `frame` (detector and masks) `ms`, the median predicted time, and `ratio`, the median
+            over the images of the predicted time over the measured one.
+        """
         latency_ms = {part: percentiles(times) for part, times in self._times_ms.items() if times}
-        return {**grid_statistics(self._counts, self._grid_gmacs), "latency_ms": latency_ms}
+        predicted = {
+            part: {"ms": float(np.median(times)), "ratio": float(np.median(self._ratios[part]))}
+            for part, times in self._predicted_ms.items()
+            if times
+        }
+        return {**grid_statistics(self._counts, self._grid_gmacs), "latency_ms": latency_ms, "predicted": predicted or None}
 
 
 def grid_statistics(counts: Mapping[int, int], grid_gmacs: Mapping[int, float]) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class StreamReport:
     """Mean cost of the mask branch in GMAC per instance; None without instances."""
     share: dict[str, float]
     """Each grid's share of the instances, 0 to 1."""
+    predicted: dict[str, dict[str, float]] | None
+    """The times that the engine's measured costs predict, as `RunStatistics.summary` has them; None where none were measured."""
     peak_rss_mb: float
     """The largest resident memory of the process so far, in MB (10^6 bytes)."""
 
@@ -87,14 +89,15 @@ def run_stream(
     Args:
         source: from `open_source`.
         sinks: for example `VideoSink`, `JsonLinesSink`, `FolderSink`; may be empty.
-        policy: `routed`, `routed@50%`, `routed@0.6gmac`, `uniform-28`, `size-based` (see `parse_policy`) or a `Policy`; None takes the
-            model's choice within the predictor's own budget. A budget is kept over the whole stream.
+        policy: `routed`, `routed@50%`, `routed@0.6gmac`, `routed@20ms`, `uniform-28`, `size-based` (see `parse_policy`) or a `Policy`;
+            None takes the model's choice within the predictor's own budget. A budget in GMAC is kept over the whole stream, one in
+            milliseconds in each frame.
         score: instances with this score or less are left out, and no mask is computed for them.
         limit: the number of frames after which to end.
         progress: called with the number of frames that all sinks have, from the threads that write.
 
     Raises:
-        InputError: there is no such policy, or the predictor is closed.
+        InputError: there is no such policy, its budget cannot be kept, or the predictor is closed.
         DynaMaskError: a sink or the predictor failed; the sinks keep all that was written, under its provisional name.
 
     Example:
@@ -107,13 +110,14 @@ def run_stream(
         True
     """
     grid_gmacs = predictor.bundle.manifest.grid_gmacs
-    chosen = Policy(ROUTED, predictor.budget_gmacs) if policy is None else parse_policy(policy, grid_gmacs)
+    chosen = Policy(ROUTED, predictor.budget_gmacs, budget_ms=predictor.budget_ms) if policy is None else parse_policy(policy, grid_gmacs)
+    predictor.check_budget(chosen.budget_gmacs, chosen.budget_ms)
     keeper = BudgetKeeper(chosen.budget_gmacs, grid_gmacs)
     statistics = RunStatistics(grid_gmacs)
     start = time.perf_counter()
 
     def segment(_: str, frame: Frame, age_s: float) -> tuple[Frame, Instances]:
-        instances = timed_prediction(predictor, frame.image, keeper.budget_gmacs(), chosen.grid_override, score)
+        instances = timed_prediction(predictor, frame.image, keeper.budget_gmacs(), chosen.grid_override, score, chosen.budget_ms)
         keeper.spend(instances.grids)
         statistics.add(instances)
         return frame, instances

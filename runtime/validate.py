@@ -41,19 +41,20 @@ def validate(
     Images whose file is broken or has another size than the annotations say are skipped and listed.
 
     Args:
-        policies: texts as `parse_policy` reads them (`routed`, `routed@50%`, `routed@0.6gmac`, `uniform-28`, `size-based`), or `Policy`.
-            A budget is kept over all images.
+        policies: texts as `parse_policy` reads them (`routed`, `routed@50%`, `routed@0.6gmac`, `routed@20ms`, `uniform-28`, `size-based`),
+            or `Policy`. A budget in GMAC is kept over all images, one in milliseconds in each.
         limit: the number of images to take, the first ones; None takes all.
         progress: called with (images done, images in all).
 
     Returns:
         `dataset`, `skipped`, `bundle`, `grids`, `machine`, `date`, and under `policies`, by name: `segm`, `bbox`, `boundary` (AP × 100),
         `gmacs` (mean per instance; None without instances), `share` of each grid (0 to 1), `instances`, `latency_ms` (`preprocess`,
-        `detector`, `masks`, `paste`, `total`: each `p50 p95 p99 mean`) and, where the model chooses, `routing` (cost by class and size).
+        `detector`, `masks`, `paste`, `total`: each `p50 p95 p99 mean`), `predicted` (the times that the engine's measured costs predict, as
+        `runtime.statistics.RunStatistics.summary` has them) and, where the model chooses, `routing` (cost by class and size).
 
     Raises:
-        InputError: no policy is given, one does not exist, or two have the same name; the limit is not positive; the data set's classes are
-            not the bundle's, or none of its images can be used.
+        InputError: no policy is given, one does not exist or has a budget that cannot be kept, or two have the same name; the limit is not
+            positive; the data set's classes are not the bundle's, or none of its images can be used.
 
     Example:
         >>> import json, dynamask
@@ -76,6 +77,8 @@ def validate(
         raise InputError(f"a limit of {limit} images leaves nothing to validate on; give 1 or more.")
     check_classes([(c.id, c.name) for c in manifest.classes], dataset)
     missing = set(dataset.require_files())
+    for policy in chosen:
+        predictor.check_budget(policy.budget_gmacs, policy.budget_ms)
     runs = {policy.name: _Run(policy, grid_gmacs) for policy in chosen}
     used, skipped = _run_all(predictor, dataset, runs, dataset.images[:limit], progress)
     if not used:
@@ -143,11 +146,12 @@ class _Run:
 
     def warm_up(self, predictor: Predictor, image: Any) -> None:
         """Run once without a record: the first run of an engine allocates."""
-        timed_prediction(predictor, image, self.policy.budget_gmacs, self.policy.grid_override)
+        timed_prediction(predictor, image, self.policy.budget_gmacs, self.policy.grid_override, budget_ms=self.policy.budget_ms)
 
     def add(self, predictor: Predictor, image: Any, image_id: int) -> None:
         """Run on an image and record the detections, grids and latencies."""
-        instances = timed_prediction(predictor, image, self._keeper.budget_gmacs(), self.policy.grid_override)
+        budget_gmacs, override = self._keeper.budget_gmacs(), self.policy.grid_override
+        instances = timed_prediction(predictor, image, budget_gmacs, override, budget_ms=self.policy.budget_ms)
         self._keeper.spend(instances.grids)
         self.statistics.add(instances)
         self.detections += instances.to_coco(image_id)

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from runtime.bundle import Bundle, Canvas, EngineEntry, Profile
 from runtime.errors import DynaMaskError, InputError
-from runtime.graph import GRIDS, INPUTS, MASKS, OUTPUTS, SLOTS
+from runtime.graph import COST_CONTROLS, GRIDS, INPUTS, MASKS, OUTPUTS, SLOTS
 from runtime.paste import Frame, PackedMask, covered_pixels
-from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
+from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, mask_limits, slot_overrides
 from trt_plugins.driver import open_driver
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.launcher import KernelLauncher
@@ -79,10 +79,12 @@ class TensorRTEngine:
         self.target = target
         self.manifest = bundle.manifest
         self.profile = entry.profile or Profile(canvas=(bundle.manifest.canvas,) * 3)
+        self.costs, self.threads = entry.costs, 0
         self._bundle = bundle.path
         self._path = bundle.path / "engines" / target / ENGINE
         self._remedy = f"build it again with dynamask build-engine {bundle.path} --target {target}."
         self._driver = open_driver()
+        self.processor = self._driver.device
         self._logger = _logger(trt)
         self._has_run = False
         with self._driver.current(), contextlib.ExitStack() as resources:
@@ -95,6 +97,9 @@ class TensorRTEngine:
                 self._plugins = register(trt, self._launcher)
                 with self._explaining_out_of_memory(self._path.stat().st_size):
                     self._engine = self._deserialise(trt, entry)
+                names = self._check_names()
+                self._inputs = [name for name in INPUTS if name in names]
+                self.takes_costs = COST_CONTROLS[0] in names
                 self._cache = self._runtime_cache(trt, entry) if target == "tensorrt-rtx" else None
                 with self._explaining_out_of_memory(self._engine.device_memory_size_v2):
                     self._context = self._create_context()
@@ -128,6 +133,7 @@ class TensorRTEngine:
         grid_override: GridOverride = None,
         min_score: float = 0.0,
         frames: Sequence[Frame] | None = None,
+        masks_ms: float | None = None,
     ) -> EngineOutput:
         """As `Engine.run`: with frames, all masks are pasted on the GPU. `times_ms` are split at the time when the GPU has the detections,
         and include the copies; `paste` begins when the masks are there.
@@ -146,20 +152,23 @@ class TensorRTEngine:
         images, _, height, width = image.shape
         slots = images * self.manifest.detections
         overrides = slot_overrides(grid_override, slots)
+        limits = mask_limits(self, budget_gmacs, masks_ms)
         with driver.current():
             self._set_input_shapes(max(images, self.profile.batch[0]), (height, width))
-            shapes = _shapes(max(images, self.profile.batch[0]), (height, width), self.manifest.detections)
+            shapes = self._shapes(max(images, self.profile.batch[0]), (height, width))
             for name, shape in shapes.items():
                 tensors[name].shape = UNKNOWN if name in DATA_DEPENDENT else shape
-            canvases, min_scores, budgets, given = (tensors[name].host for name in INPUTS)
+            canvases, min_scores, given = (tensors[name].host for name in ("image", "min_score", "grid_override"))
             canvases[:images], canvases[images:] = image, 0
             # Detections on an empty canvas get a fixed grid, so that the budget does not count them; the smallest grid costs least.
             given[:slots], given[slots:] = overrides, 0
-            min_scores[...], budgets[...] = min_score, budget_gmacs or 0.0
+            min_scores[...] = min_score
+            for name in limits.keys() & tensors:
+                tensors[name].host[...] = limits[name]
             # The stream is idle: the event's time is now.
             filled = time.perf_counter()
             driver.record(self._start, stream)
-            for name in INPUTS:
+            for name in self._inputs:
                 driver.to_device(tensors[name].address, tensors[name].host, stream)
             self._execute(shapes)
             # TensorRT waited for the sizes itself, so they are known.
@@ -223,10 +232,14 @@ class TensorRTEngine:
             raise InputError(
                 f"{self._path}, built for {trt.__name__} {built}, does not load in {trt.__version__} on this {device} ({reason}); {remedy}"
             )
-        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        if names != {*INPUTS, *OUTPUTS}:
-            raise InputError(f"{self._path} takes and gives {', '.join(sorted(names))}, and is not a DynaMask engine; {self._remedy}")
         return engine
+
+    def _check_names(self) -> set[str]:
+        """The names of the engine's inputs and outputs; models of earlier versions lack `COST_CONTROLS`."""
+        names = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        if names not in ({*INPUTS, *OUTPUTS}, {*INPUTS, *OUTPUTS}.difference(COST_CONTROLS)):
+            raise InputError(f"{self._path} takes and gives {', '.join(sorted(names))}, and is not a DynaMask engine; {self._remedy}")
+        return names
 
     def _runtime_cache(self, trt: TensorRT, entry: EngineEntry) -> RuntimeCache:
         sha256 = next(file.sha256 for name, file in entry.files.items() if Path(name).name == ENGINE)
@@ -239,6 +252,14 @@ class TensorRTEngine:
         if context is None:
             raise DynaMaskError(f"TensorRT could not create an execution context for {self._path} ({self._logger.reason}).")
         return context
+
+    def _shapes(self, images: int, canvas: Canvas) -> dict[str, tuple[int, ...]]:
+        """The shape of each input and output for a number of images, data-dependent outputs at their largest size."""
+        slots = images * self.manifest.detections
+        shapes: dict[str, tuple[int, ...]] = {"image": (images, 3, *canvas), "min_score": (), "budget": (), "boxes": (slots, 4)}
+        shapes |= dict(zip(COST_CONTROLS, ((), (2, len(GRIDS))), strict=True))
+        shapes |= {name: (slots, grid, grid) for name, grid in zip(MASKS, GRIDS, strict=True)}
+        return {name: shapes.get(name, (slots,)) for name in (*self._inputs, *OUTPUTS)}
 
     def _set_input_shapes(self, images: int, canvas: Canvas) -> None:
         """Tell TensorRT the input shapes of a run, if they differ from the last run's."""
@@ -254,8 +275,7 @@ class TensorRTEngine:
         self._set_input_shapes(images, canvas)
         # Not TensorRT's get_max_output_size: it is -1 for some data-dependent outputs, whose largest size is known here.
         largest = {
-            name: np.empty(shape, trt.nptype(self._engine.get_tensor_dtype(name)))
-            for name, shape in _shapes(images, canvas, self.manifest.detections).items()
+            name: np.empty(shape, trt.nptype(self._engine.get_tensor_dtype(name))) for name, shape in self._shapes(images, canvas).items()
         }
         with self._explaining_out_of_memory(sum(array.nbytes for array in largest.values())):
             return {name: self._create_tensor(trt, name, array, resources) for name, array in largest.items()}
@@ -303,14 +323,6 @@ class TensorRTEngine:
                     f"TensorRT says that the output {name} of {self._path} is {[rows, *others]}, and at most {[most, *rest]} is possible; "
                     "install another version of TensorRT."
                 )
-
-
-def _shapes(images: int, canvas: Canvas, detections: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each input and output for a number of images, data-dependent outputs at their largest size."""
-    slots = images * detections
-    shapes: dict[str, tuple[int, ...]] = {"image": (images, 3, *canvas), "min_score": (), "budget": (), "boxes": (slots, 4)}
-    shapes |= {name: (slots, grid, grid) for name, grid in zip(MASKS, GRIDS, strict=True)}
-    return {name: shapes.get(name, (slots,)) for name in (*INPUTS, *OUTPUTS)}
 
 
 def _logger(trt: TensorRT) -> Any:

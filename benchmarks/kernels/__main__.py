@@ -66,7 +66,8 @@ def _eager(branch: nn.Module, pyramid: Sequence[Tensor], boxes: Tensor, labels: 
     from dynamask.mask_branch import MaskBranch
 
     detections = Detections(boxes, torch.ones_like(boxes[:, 0]), labels)
-    return cast(MaskBranch, branch).segment(pyramid, detections, CANVAS, boxes.new_zeros(()), override).logits
+    masks = cast(MaskBranch, branch)
+    return masks.segment(pyramid, detections, CANVAS, masks.gmac_budget(), override).logits
 
 
 def _version(package: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from benchmarks.kernels.case import KERNEL, Case, type_name
 from benchmarks.kernels.mask_branch import LARGEST, ROUTED, Eager
 from benchmarks.kernels.roofline import Ceilings, measure_ceilings, roofline
 from benchmarks.kernels.timing import call_times, summary
+from dynamask.mask_branch import MaskBranch
+from dynamask.msm import Budget
 from runtime.errors import InputError
 from trt_plugins.msm_route import MsmRoute
 from trt_plugins.roi_align import RoiAlign
@@ -124,10 +126,10 @@ def _cases(branch: nn.Module, eager: Eager, boxes: Tensor, counts: Sequence[int]
         yield proposals.case(dtype)
     for dtype in sizes.PRECISIONS:
         yield detections.case(candidates, len(boxes), dtype)
-    costs = tuple(branch.costs.tolist())  # type: ignore[operator]
-    route = MsmRoute(stride=sizes.STRIDES[0], detections=len(boxes), costs=costs)
-    for budget in (0.0, costs[-1] / 2):
-        yield mask_branch.routing_case(route, boxes, budget)
+    route = MsmRoute(stride=sizes.STRIDES[0], detections=len(boxes))
+    costs = cast(MaskBranch, branch).costs
+    for budget in (torch.zeros(()), costs[-1] / 2):
+        yield mask_branch.routing_case(route, boxes, Budget.of_mean(budget, costs))
     yield paste_masks.case(boxes, counts)
     largest = [0, 0, 0, len(boxes)]
     for dtype in sizes.PRECISIONS:

@@ -14,6 +14,7 @@ from benchmarks.kernels.case import KERNEL, Case, bound, finest_map, launch, ran
 from benchmarks.kernels.deform_conv import PLAIN
 from benchmarks.kernels.roi_align import CROPS, REGION
 from benchmarks.kernels.timing import Contender
+from dynamask.msm import Budget
 from runtime.graph import MSM
 from trt_plugins.deform_conv.reference import packed_inputs
 from trt_plugins.msm_route import MsmRoute
@@ -51,12 +52,13 @@ def case(name: str, branch: nn.Module, eager: Eager, route: MsmRoute, boxes: Ten
     return Case(f"{name}: {' / '.join(map(str, counts))}", dtype, contenders, error=error)
 
 
-def routing_case(route: MsmRoute, boxes: Tensor, budget: float) -> Case:
+def routing_case(route: MsmRoute, boxes: Tensor, budget: Budget) -> Case:
     """MsmRoute alone, on all boxes."""
     n = len(boxes)
     override = torch.full((n,), MSM, device="cuda")
-    inputs = [random(n, 4), boxes, override, torch.arange(n, device="cuda"), torch.tensor(budget, device="cuda"), finest_map()]
-    name = "MsmRoute" if budget == 0 else f"MsmRoute, budget {budget:.2f}"
+    limits = [tensor.to("cuda") for tensor in budget]
+    inputs = [random(n, 4), boxes, override, torch.arange(n, device="cuda"), *limits, finest_map()]
+    name = "MsmRoute" if budget.mean == 0 else f"MsmRoute, budget {float(budget.mean):.2f}"
     return Case(name, torch.float32, {KERNEL: Contender([bound(launch, route, inputs)])})
 
 
@@ -78,8 +80,9 @@ def routed_masks(
         The mask logits at each grid, `[n_g, G, G]`.
     """
     [region] = launch(REGION, [*pyramid, boxes])
-    budget, slots = boxes.new_zeros(()), torch.arange(len(boxes), device=boxes.device)
-    lists = dict(zip(route.outputs, launch(route, [branch.msm(region), boxes, override, slots, budget, pyramid[0]]), strict=True))
+    slots = torch.arange(len(boxes), device=boxes.device)
+    inputs = [branch.msm(region), boxes, override, slots, *branch.gmac_budget(), pyramid[0]]
+    lists = dict(zip(route.outputs, launch(route, inputs), strict=True))
     laterals, feature, logits = branch.rfpn.lateral(pyramid), branch.rfpn.tiny(region), []
     for k, (_, grid) in enumerate(sizes.STAGES):
         if k > 0:

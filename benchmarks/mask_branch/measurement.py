@@ -25,7 +25,7 @@ from dynamask.roi import image_rois
 from export.graph import OPSET
 from runtime.bench import random_boxes, spread
 from runtime.errors import InputError
-from runtime.graph import DETECTIONS, GRIDS, MASK_CONTROLS, PYRAMID
+from runtime.graph import DETECTIONS, GRIDS, PYRAMID
 from runtime.machine import machine
 from runtime.targets.onnxruntime import PROVIDERS
 from runtime.targets.ort import ort
@@ -35,6 +35,8 @@ PEER = "Mask R-CNN 28"
 CLASSES = 80
 CANVASES = {"lite0": (384, 384), "r50": (800, 1344)}
 STRIDES = (4, 8, 16, 32)
+CONTROLS = ("budget", "grid_override")
+"""The inputs of the mask branch besides the pyramid and the detections."""
 
 
 class _Dynamic(nn.Module):
@@ -44,7 +46,7 @@ class _Dynamic(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         pyramid, detections, (budget, override) = inputs[:4], Detections(*inputs[4:7]), inputs[7:]
-        masks = self.branch.segment(pyramid, detections, self.canvas, budget, override)
+        masks = self.branch.segment(pyramid, detections, self.canvas, self.branch.gmac_budget(budget), override)
         return (masks.grids, *masks.slots, *masks.logits)
 
 
@@ -99,7 +101,7 @@ def bench_mask_branch(
     for fusion in fusions:
         branch = build_mask_branch(model.model_copy(update={"fusion": fusion}), CLASSES)
         gmacs[fusion] = float(np.dot(counts, branch.grid_gmacs())) / instances
-        controls: dict[str, npt.NDArray[Any]] = dict(zip(MASK_CONTROLS, (np.array(0, np.float32), overrides["routed"]), strict=True))
+        controls: dict[str, npt.NDArray[Any]] = dict(zip(CONTROLS, (np.array(0, np.float32), overrides["routed"]), strict=True))
         bind = _binder(_Dynamic(branch, canvas), values | controls, threads)
         calls |= {f"{fusion} {name}": bind(override) for name, override in overrides.items()}
     times = {name: statistics.median(elapsed) for name, elapsed in take_turns(calls, repeats).items()}

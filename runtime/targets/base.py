@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import InputError
-from runtime.graph import GRIDS, MSM
+from runtime.graph import COST_CONTROLS, GRIDS, MSM
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle, Manifest, Profile
+    from runtime.costs import MeasuredCosts
     from runtime.paste import Frame, PackedMask
 
 GridOverride = int | npt.NDArray[np.int64] | None
@@ -93,6 +94,14 @@ class Engine(Protocol):
     manifest: Manifest
     profile: Profile
     """The batches and canvases that a run takes; fewer images than the minimum are allowed."""
+    costs: MeasuredCosts | None
+    """The times that the bundle has of it."""
+    threads: int
+    """CPU threads; 0 where they do not matter."""
+    processor: str
+    """The name of the processor or GPU that runs it."""
+    takes_costs: bool
+    """Whether its graph has `COST_CONTROLS`, and can keep budgets in milliseconds."""
 
     def __enter__(self) -> Engine: ...
 
@@ -108,6 +117,7 @@ class Engine(Protocol):
         grid_override: GridOverride = None,
         min_score: float = 0.0,
         frames: Sequence[Frame] | None = None,
+        masks_ms: float | None = None,
     ) -> EngineOutput:
         """Detect and segment the images of a run.
 
@@ -118,10 +128,11 @@ class Engine(Protocol):
             min_score: detections with this score or less are dropped before the mask branch.
             frames: the B images that the canvases were made of. An engine that can, pastes the masks into them on its device
                 (`EngineOutput.pasted`); without frames all masks are logits.
+            masks_ms: the largest time of the mask branch in this run, in milliseconds, as `costs` predict it; in place of `budget_gmacs`.
 
         Raises:
-            InputError: no such input, more images or another canvas than the profile has, overrides for another number of slots, or
-                the engine is closed.
+            InputError: no such input, a limit in milliseconds without `costs` or without `takes_costs`, more images or another canvas than
+                the profile has, overrides for another number of slots, or the engine is closed.
         """
 
 
@@ -171,6 +182,40 @@ def check_fits(shape: Sequence[int], profile: Profile, bundle: Path, target: str
         f"{list(shape)}; give such an input, or build another engine with dynamask build-engine {bundle} "
         f"--target {'tensorrt-rtx' if target == 'onnxruntime' else target}, --batch and --size."
     )
+
+
+def mask_limits(engine: Engine, budget_gmacs: float | None, masks_ms: float | None) -> dict[str, npt.NDArray[np.float32]]:
+    """The inputs `budget`, `total_budget` and `costs` of a run, as `Engine.run` describes them.
+
+    Raises:
+        InputError: milliseconds are asked for, and the engine cannot count in them (`check_counts_ms`).
+    """
+    if masks_ms is None:
+        own = [engine.manifest.grid_gmacs[grid] for grid in GRIDS]
+        limits, costs = (budget_gmacs or 0.0, 0.0), np.array([own, [0.0] * len(GRIDS)], np.float32)
+    else:
+        limits, costs = (0.0, masks_ms), check_counts_ms(engine).graph_costs()
+    total_budget, costs_name = COST_CONTROLS
+    return {"budget": np.array(limits[0], np.float32), total_budget: np.array(limits[1], np.float32), costs_name: costs}
+
+
+def check_counts_ms(engine: Engine) -> MeasuredCosts:
+    """The measured times of an engine that can keep budgets in milliseconds.
+
+    Raises:
+        InputError: its graph counts in GMAC alone, or its times were not measured.
+    """
+    if not engine.takes_costs:
+        raise InputError(
+            f"The engine for {engine.target} is of a model that counts in GMAC alone, as earlier versions exported it: export the bundle "
+            "again to give a budget in milliseconds."
+        )
+    if engine.costs is None:
+        raise InputError(
+            f"The times of the engine for {engine.target} were not measured, so that no budget in milliseconds can be kept; "
+            f"run dynamask calibrate on the bundle, with --target {engine.target}."
+        )
+    return engine.costs
 
 
 def closed_engine(bundle: Path, target: str) -> InputError:

@@ -6,7 +6,7 @@ The instances of every stage are selected inside the graph, by standard operator
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from runtime.bundle import MANIFEST, Bundle, Profile
 from runtime.errors import DynaMaskError, InputError, first_line
-from runtime.graph import DETECTIONS, DETECTOR_INPUTS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
+from runtime.graph import COST_CONTROLS, DETECTIONS, DETECTOR_INPUTS, GRIDS, MASK_CONTROLS, MASK_OUTPUTS, PYRAMID
+from runtime.machine import processor, usable_cores
 from runtime.paste import Frame
-from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, slot_overrides
+from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, closed_engine, mask_limits, slot_overrides
 from runtime.targets.ort import ort
 
 TARGET = "onnxruntime"
@@ -68,7 +69,8 @@ class OnnxRuntimeEngine:
         Raises:
             InputError: the engine is not built, is damaged or not the one that the manifest describes, or this ONNX Runtime cannot load it.
         """
-        bundle.engine(TARGET)
+        self.costs = bundle.engine(TARGET).costs
+        self.threads, self.processor = threads or usable_cores(), processor()
         self.manifest = bundle.manifest
         self.profile = Profile(canvas=(bundle.manifest.canvas,) * 3)
         self._path = bundle.path
@@ -78,7 +80,9 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._detector, self._masks = (_session(bundle, name, options) for name in (DETECTOR, MASKS))
         _check_interface(bundle, DETECTOR, self._detector, DETECTOR_INPUTS, (*PYRAMID, *DETECTIONS))
-        _check_interface(bundle, MASKS, self._masks, (*PYRAMID, *DETECTIONS, *MASK_CONTROLS), MASK_OUTPUTS)
+        self.takes_costs = COST_CONTROLS[0] in _names(self._masks.get_inputs)
+        self._controls = [name for name in MASK_CONTROLS if self.takes_costs or name not in COST_CONTROLS]
+        _check_interface(bundle, MASKS, self._masks, (*PYRAMID, *DETECTIONS, *self._controls), MASK_OUTPUTS)
         shapes = {value.name: value.shape for session in (self._detector, self._masks) for value in session.get_inputs()}
         height, width = self.manifest.canvas
         if shapes["image"] != [1, 3, height, width] or shapes["grid_override"] != [self.manifest.detections]:
@@ -115,19 +119,26 @@ class OnnxRuntimeEngine:
         grid_override: GridOverride = None,
         min_score: float = 0.0,
         frames: Sequence[Frame] | None = None,
+        masks_ms: float | None = None,
     ) -> EngineOutput:
         """As `Engine.run`, for one image on the bundle's canvas; masks are logits, `times_ms` are those of the two sessions."""
         self._check_open()
-        check_fits(image.shape, self.profile, self._path, TARGET)
         start = time.perf_counter()
-        inputs = {"image": _value(image), "min_score": _value(np.array(min_score, np.float32))}
-        detected = self._run(self._detector, DETECTOR, (*PYRAMID, *DETECTIONS), inputs)
+        features, boxes, scores, labels = self.run_detector(image, min_score)
         found = time.perf_counter()
-        boxes, scores, labels = detected[4:]
-        grids, masks = self.run_masks(detected[:4], boxes, scores, labels, budget_gmacs, grid_override)
+        grids, masks = self.run_masks(features, boxes, scores, labels, budget_gmacs, grid_override, masks_ms)
         end = time.perf_counter()
         times = {"detector": 1000 * (found - start), "masks": 1000 * (end - found)}
         return EngineOutput(boxes.numpy(), scores.numpy(), labels.numpy(), grids, masks, times)
+
+    def run_detector(self, image: npt.NDArray[np.float32], min_score: float = 0.0) -> tuple[Any, Any, Any, Any]:
+        """The detector alone: P2..P5, and boxes, scores and labels of K slots, as `run_masks` takes them; arguments as in `run`."""
+        self._check_open()
+        check_fits(image.shape, self.profile, self._path, TARGET)
+        inputs = {"image": _value(image), "min_score": _value(np.array(min_score, np.float32))}
+        detected = self._run(self._detector, DETECTOR, (*PYRAMID, *DETECTIONS), inputs)
+        boxes, scores, labels = detected[4:]
+        return detected[:4], boxes, scores, labels
 
     def run_masks(
         self,
@@ -137,21 +148,23 @@ class OnnxRuntimeEngine:
         labels: Any,
         budget_gmacs: float | None = None,
         grid_override: GridOverride = None,
+        masks_ms: float | None = None,
     ) -> tuple[npt.NDArray[np.int64], Masks]:
         """The mask branch alone, on arrays or `OrtValue`s.
 
         Args:
             features: P2..P5, `[1, C, H / s, W / s] float32`, as `feature_shapes` says.
             boxes, scores, labels: K slots, as in `EngineOutput`.
-            budget_gmacs, grid_override: as in `run`.
+            budget_gmacs, grid_override, masks_ms: as in `run`.
 
         Returns:
             `grids [K]` (0..3, -1 in an empty slot) and the masks by grid.
         """
         self._check_open()
-        override = slot_overrides(grid_override, self.manifest.detections)
-        values = (*features, boxes, scores, labels, np.array(budget_gmacs or 0, np.float32), override)
-        inputs = {name: _value(value) for name, value in zip((*PYRAMID, *DETECTIONS, *MASK_CONTROLS), values, strict=True)}
+        controls: dict[str, npt.NDArray[Any]] = {**mask_limits(self, budget_gmacs, masks_ms)}
+        controls["grid_override"] = slot_overrides(grid_override, self.manifest.detections)
+        values = (*features, boxes, scores, labels, *(controls[name] for name in self._controls))
+        inputs = {name: _value(value) for name, value in zip((*PYRAMID, *DETECTIONS, *self._controls), values, strict=True)}
         grids, *rest = (value.numpy() for value in self._run(self._masks, MASKS, MASK_OUTPUTS, inputs))
         return grids, dict(zip(GRIDS, zip(rest[: len(GRIDS)], rest[len(GRIDS) :], strict=True), strict=True))
 
@@ -181,11 +194,15 @@ def _session(bundle: Bundle, name: str, options: Any) -> Any:
         ) from error
 
 
-def _check_interface(bundle: Bundle, name: str, session: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def _names(values: Callable[[], Sequence[Any]]) -> list[str]:
     try:
-        found_inputs, found_outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
-    except UnicodeDecodeError:
-        found_inputs = found_outputs = []
+        return [value.name for value in values()]
+    except UnicodeDecodeError:  # A damaged file.
+        return []
+
+
+def _check_interface(bundle: Bundle, name: str, session: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    found_inputs, found_outputs = _names(session.get_inputs), _names(session.get_outputs)
     if set(found_inputs) != set(inputs) or not set(found_outputs) >= set(outputs):
         missing = sorted({*inputs, *outputs} - {*found_inputs, *found_outputs})
         without = f" (without {', '.join(missing)})" if missing else ""

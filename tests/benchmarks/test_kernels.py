@@ -23,6 +23,7 @@ from benchmarks.kernels.timing import Contender, summary
 from cli.main import run
 from dynamask.config import R50
 from dynamask.model import build_mask_branch
+from dynamask.msm import Budget
 from runtime.errors import InputError
 from trt_plugins import on_torch
 from trt_plugins.deform_conv.reference import packed_inputs
@@ -30,6 +31,7 @@ from trt_plugins.msm_route import MsmRoute
 from trt_plugins.roi_align import RoiAlign
 
 CEILINGS = Ceilings(bandwidth=2e12, rates={"float16": 400e12, "float32": 50e12})
+NO_BUDGET = Budget.of_mean(torch.tensor(0.0), torch.tensor([1.0, 2.0, 3.0, 4.0]))
 BOXES = torch.tensor([[2.0, 3.0, 20.0, 31.0], [10.0, 10.0, 60.0, 50.0], [5.0, 8.0, 50.0, 62.0]])
 
 
@@ -79,12 +81,12 @@ def test_launch_agrees_with_the_runner_of_the_tests() -> None:
     inputs = packed_inputs([torch.randn(size, generator=generator) for size in [(2, 4, 5, 6), (3, 4, 3, 3), (2, 18, 5, 6), (3,)]])
     assert torch.equal(launch(deform_conv.PLAIN, inputs)[0], on_torch.run(deform_conv.PLAIN, inputs)[0])
     feature = torch.empty(1, 1, 16, 16)
-    sized = launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), torch.tensor(0.0), feature])
+    sized = launch(_route(3), [torch.randn(3, 4), BOXES, torch.tensor([0, 2, 2]), torch.arange(3), *NO_BUDGET, feature])
     assert [len(output) for output in sized[:4]] == [3, 3, 3, 3], "as much room as the slots"
 
 
 def _route(slots: int) -> MsmRoute:
-    return MsmRoute(stride=4, detections=slots, costs=(1.0, 2.0, 3.0, 4.0))
+    return MsmRoute(stride=4, detections=slots)
 
 
 class _CPU(TorchFunctionMode):

@@ -27,7 +27,7 @@ def test_the_timed_graph_is_the_mask_branch() -> None:
     found = bench._binder(bench._Dynamic(branch, (64, 96)), values, threads=1)(override)()
     tensors = {name: torch.from_numpy(value) for name, value in values.items()}
     detections = Detections(*(tensors[name] for name in DETECTIONS))
-    wanted = branch.segment([tensors[name] for name in PYRAMID], detections, (64, 96), torch.tensor(0.0), torch.from_numpy(override))
+    wanted = branch.segment([tensors[name] for name in PYRAMID], detections, (64, 96), branch.gmac_budget(), torch.from_numpy(override))
     for ours, theirs in zip(found, (wanted.grids, *wanted.slots, *wanted.logits), strict=True):
         np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4, rtol=1e-4)
 

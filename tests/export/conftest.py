@@ -51,7 +51,7 @@ def model() -> DynaMask:
         found = model.detect(torch.randn(1, 3, *CANVAS))
         classifier.bias -= found.class_logits.mean(dim=0)
         found = model.detect(torch.randn(1, 3, *CANVAS))
-        masks = branch.mask_pass(found.pyramid, found.detections, CANVAS, torch.tensor(0.0), torch.full((20,), -1))
+        masks = branch.mask_pass(found.pyramid, found.detections, CANVAS, branch.gmac_budget(), torch.full((20,), -1))
         branch.msm.fc2.bias -= masks.msm_logits.mean(dim=0)
     return model
 

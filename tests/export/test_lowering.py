@@ -304,15 +304,31 @@ def test_detections() -> None:
 def test_routing(profile: Profile) -> None:
     sketch = Sketch()
     sketch.input("p2", [1, 16, 16, 24])
-    shapes = {"msm_logits": ["n", 4], "mask_boxes": ["n", 4], "mask_overrides": ["n"], "slots": ["n"], "budget": []}
+    shapes: dict[str, Any] = {"msm_logits": ["n", 4], "mask_boxes": ["n", 4], "mask_overrides": ["n"], "slots": ["n"], "budget": []}
+    shapes |= {"total_budget": [], "costs": [2, 4]}
     inputs = [sketch.input(name, shape, np.int64 if len(shape) == 1 else np.float32) for name, shape in shapes.items()]
     outputs = {"grids": ([5], np.int64), **{name: ([name], np.int64) for name in (*CONTINUE, *EXIT, *SLOTS)}}
     assert lower_routing(sketch.finish(*between(sketch, inputs, outputs)), FACTS, profile) == 1
     (node,) = sketch.ours()
     sizes = [f"msm_route/continue_{grid}_count" for grid in GRIDS[1:]] + [f"msm_route/exit_{grid}_count" for grid in GRIDS]
     assert names(node.inputs) == [*shapes, "p2"] and names(node.outputs) == [*outputs, *sizes]
-    assert node.attrs == {"batch": profile.batch[2], "stride": 4, "detections": 5, "costs": [0.1, 0.2, 0.3, 0.4]}
+    assert node.attrs == {"batch": profile.batch[2], "stride": 4, "detections": 5}
     assert all(tensor.dtype == np.int64 and tensor.shape == [] for tensor in node.outputs[-7:])
+    assert len(list(place_operators(sketch.graph))) == 1
+
+
+def test_routing_of_a_graph_with_its_costs_inside() -> None:
+    """As earlier versions exported it: the costs become constants."""
+    sketch = Sketch()
+    sketch.input("p2", [1, 16, 16, 24])
+    shapes = {"msm_logits": ["n", 4], "mask_boxes": ["n", 4], "mask_overrides": ["n"], "slots": ["n"], "budget": []}
+    inputs = [sketch.input(name, shape, np.int64 if len(shape) == 1 else np.float32) for name, shape in shapes.items()]
+    outputs = {"grids": ([5], np.int64), **{name: ([name], np.int64) for name in (*CONTINUE, *EXIT, *SLOTS)}}
+    lower_routing(sketch.finish(*between(sketch, inputs, outputs)), FACTS, ONE)
+    (node,) = sketch.ours()
+    assert names(node.inputs) == [*shapes, "total_budget", "costs", "p2"]
+    np.testing.assert_array_equal(node.inputs[5].values, 0)
+    np.testing.assert_array_equal(node.inputs[6].values, np.array([[0.1, 0.2, 0.3, 0.4], [0, 0, 0, 0]], np.float32))
     assert len(list(place_operators(sketch.graph))) == 1
 
 
@@ -430,15 +446,20 @@ def interpreter(lowered: Lowered) -> Interpreter:
     return Interpreter(lowered.model, run_operator)
 
 
-def feeds(budget: float = 0.0, override: npt.ArrayLike = -1, min_score: float = 0.0) -> Arrays:
+GRID_COSTS = np.array([[0.005, 0.015, 0.03, 0.06], [0.1, 0.1, 0.12, 0.2]], np.float32)
+
+
+def feeds(budget: float = 0.0, override: npt.ArrayLike = -1, min_score: float = 0.0, total: float = 0.0) -> Arrays:
     image = np.random.default_rng(5).standard_normal((1, 3, *CANVAS), np.float32)
     overrides = np.broadcast_to(np.asarray(override, np.int64), 20).copy()
-    return {"image": image, "min_score": np.array(min_score, "f"), "budget": np.array(budget, "f"), "grid_override": overrides}
+    scalars = {name: np.array(value, "f") for name, value in (("min_score", min_score), ("budget", budget), ("total_budget", total))}
+    return {"image": image, **scalars, "costs": GRID_COSTS, "grid_override": overrides}
 
 
 CASES = {
     "the MSM decides": feeds(),
     "on a budget": feeds(budget=0.03),
+    "within a total": feeds(total=0.5),
     "by size, some given, few": feeds(override=np.arange(20) % 6 - 1, min_score=0.9),
     "none": feeds(min_score=0.9999),
 }
@@ -479,7 +500,7 @@ def test_a_batch_agrees_with_each_image_alone(portable: onnx.ModelProto) -> None
     images = np.random.default_rng(6).standard_normal((3, 1, 3, *CANVAS), np.float32)
     images[1] = 0  # Nothing is found in a blank image, between two that have something.
     overrides = np.arange(60).reshape(3, 20) % 6 - 1
-    common = {"min_score": np.array(0.9, "f"), "budget": np.array(0, "f")}
+    common = {name: value for name, value in feeds(min_score=0.9).items() if name not in ("image", "grid_override")}
     alone = [
         dict(zip(outputs, session.run(None, {**common, "image": image, "grid_override": row}), strict=True))
         for image, row in zip(images, overrides, strict=True)
@@ -524,12 +545,13 @@ def test_a_profile_shows_in_inputs_and_outputs(portable: onnx.ModelProto) -> Non
     )
     assert (fixed["image"], fixed["grid_override"], fixed["boxes"], fixed["grids"]) == ([3, 3, *CANVAS], [60], [60, 4], [60])
     assert (varying["image"], varying["boxes"]) == (["batch", 3, "", ""], ["20 x batch", 4])
-    assert varying["min_score"] == varying["budget"] == [] and varying["masks_28"] == ["n_28", 28, 28]
+    assert varying["min_score"] == varying["budget"] == [] and varying["costs"] == [2, 4] and varying["masks_28"] == ["n_28", 28, 28]
 
 
 def test_every_input_has_a_range(portable: onnx.ModelProto) -> None:
     fixed = lower(portable, Profile(batch=(2, 2, 2), canvas=((64, 96),) * 3)).ranges
-    assert fixed == {"image": ((2, 3, 64, 96),) * 3, "min_score": ((),) * 3, "budget": ((),) * 3, "grid_override": ((40,),) * 3}
+    scalars = dict.fromkeys(("min_score", "budget", "total_budget"), ((),) * 3)
+    assert fixed == {"image": ((2, 3, 64, 96),) * 3, **scalars, "costs": ((2, 4),) * 3, "grid_override": ((40,),) * 3}
     assert lower(portable).ranges["image"] == ((1, 3, *CANVAS),) * 3
     ranges = lower(portable, Profile(batch=(1, 2, 4), canvas=((64, 96), CANVAS, CANVAS))).ranges
     assert ranges["image"] == ((1, 3, 64, 96), (2, 3, *CANVAS), (4, 3, *CANVAS)) and ranges["grid_override"] == ((20,), (40,), (80,))

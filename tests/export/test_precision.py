@@ -123,6 +123,8 @@ def test_the_halved_graph_finds_the_same(portable: onnx.ModelProto, model: DynaM
         "image": random.standard_normal((1, 3, *model.config.model.canvas)).astype(np.float32),
         "min_score": np.zeros((), np.float32),
         "budget": np.zeros((), np.float32),
+        "total_budget": np.zeros((), np.float32),
+        "costs": np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32),
         "grid_override": np.full(model.config.model.detections, 3),
     }
     single, half = run(portable, feeds), run(emulate_fp16(to_fp16(portable)), feeds)

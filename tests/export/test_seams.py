@@ -29,7 +29,7 @@ def wanted(model: DynaMask, image: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         found = model.detect(image)
         overrides = torch.full((20,), -1)
-        masks = model.mask_branch.mask_pass(found.pyramid, found.detections, CANVAS, torch.tensor(0.025), overrides)
+        masks = model.mask_branch.mask_pass(found.pyramid, found.detections, CANVAS, model.mask_branch.gmac_budget(0.025), overrides)
     lists = [(PYRAMID, found.pyramid[:4]), (RPN_LOGITS, found.rpn_logits), (RPN_DELTAS, found.rpn_deltas)]
     lists += [(CONTINUE, masks.routing.continuing), (EXIT, masks.routing.exiting)]
     seams = {name: tensor for names, tensors in lists for name, tensor in zip(names, tensors, strict=True)}
@@ -44,7 +44,8 @@ def test_a_seam_has_the_values_of_pytorch(portable: onnx.ModelProto, image: torc
     probed.CopyFrom(runnable(portable))
     probed.graph.output.extend(types[name] for name in seams)
     session = open_session(probed)
-    feeds = {"image": image.numpy(), "min_score": np.float32(0), "budget": np.float32(0.025), "grid_override": np.full(20, -1)}
+    feeds = {"image": image.numpy(), "min_score": np.float32(0), "budget": np.float32(0.025), "total_budget": np.float32(0)}
+    feeds |= {"costs": np.array([read_facts(portable).costs, [0, 0, 0, 0]], np.float32), "grid_override": np.full(20, -1)}
     found = dict(zip(seams, session.run(seams, {name: np.asarray(value) for name, value in feeds.items()}), strict=True))
     assert len(found["slots"]) > 5 and all(len(found[name]) for name in CONTINUE)
     for name, value in found.items():

@@ -17,6 +17,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from dynamask.config import LITE0, R50, ModelConfig
 from dynamask.detector import CANDIDATES_PER_DETECTION, RPN_NMS_THRESHOLD
+from dynamask.msm import Budget
 from runtime.bench import random_boxes
 from runtime.graph import GRIDS
 from tests.trt_plugins.pasting import pasted
@@ -172,16 +173,17 @@ def test_detections(counts: list[int], dtype: torch.dtype) -> None:
 @PRESETS
 @DTYPES
 @pytest.mark.parametrize(("n", "batch"), [(0, 1), (1, 1), (100, 1), (100, 8)])
-@pytest.mark.parametrize("budget", [0.0, 0.6])
-def test_msm_route(preset: ModelConfig, budget: float, n: int, batch: int, dtype: torch.dtype) -> None:
-    operator = MsmRoute(batch=batch, stride=STRIDES[0], detections=preset.detections, costs=COSTS)
+@pytest.mark.parametrize(("budget", "total"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.6), (0.7, 0.6)])
+def test_msm_route(preset: ModelConfig, budget: float, total: float, n: int, batch: int, dtype: torch.dtype) -> None:
+    operator = MsmRoute(batch=batch, stride=STRIDES[0], detections=preset.detections)
     n *= batch
     override = torch.tensor([-1, -1, -1, 0, 1, 2, 3, 4] * n, dtype=torch.int64)[:n]
     slots = torch.randperm(preset.detections * batch, generator=torch.Generator().manual_seed(n))[:n]
-    inputs = [_random(n, 4, dtype=dtype), _boxes(preset, n), override.cuda(), slots.cuda(), torch.tensor(budget, device="cuda")]
-    inputs.append(_finest_map(preset, batch))
+    inputs = [_random(n, 4, dtype=dtype), _boxes(preset, n), override.cuda(), slots.cuda()]
+    limits = Budget(torch.tensor(budget), torch.tensor(total * n), torch.tensor([COSTS, [0.1, 0.2, 0.2, 0.5]]))
+    inputs += [*(tensor.cuda() for tensor in limits), _finest_map(preset, batch)]
     reference: Callable[..., list[Tensor]] = msm_route
-    expected = reference(*(x.cpu() for x in inputs), stride=STRIDES[0], detections=preset.detections, costs=COSTS)
+    expected = reference(*(x.cpu() for x in inputs), stride=STRIDES[0], detections=preset.detections)
     for name, got, wanted in zip(operator.outputs, run(operator, inputs), expected, strict=True):
         assert torch.equal(got.cpu(), wanted), name
 

@@ -70,7 +70,7 @@ def test_routed_masks_are_those_of_all_grids(model: DynaMask, image: torch.Tenso
     detected = model.detect(image)
     pyramid, found = detected.pyramid, detected.detections
     override = torch.arange(40) % 4
-    masks = model.mask_branch.segment(pyramid, found, (128, 160), torch.tensor(0.0), override)
+    masks = model.mask_branch.segment(pyramid, found, (128, 160), model.mask_branch.gmac_budget(), override)
     count = int((found.scores > 0).sum())
     assert masks.grids[:count].tolist() == override[:count].tolist() and (masks.grids[count:] == -1).all()
     rois = torch.cat([torch.zeros(count, 1), found.boxes[:count]], dim=1)
@@ -86,7 +86,7 @@ def test_an_image_without_detections_gives_empty_masks(model: DynaMask, image: t
     detected = model.detect(image)
     pyramid, found = detected.pyramid, detected.detections
     empty = Detections(torch.zeros_like(found.boxes), torch.zeros_like(found.scores), torch.full_like(found.labels, -1))
-    masks = model.mask_branch.segment(pyramid, empty, (128, 160), torch.tensor(0.01), torch.full((40,), override))
+    masks = model.mask_branch.segment(pyramid, empty, (128, 160), model.mask_branch.gmac_budget(0.01), torch.full((40,), override))
     assert (masks.grids == -1).all()
     assert [tuple(x.shape) for x in masks.logits] == [(0, g, g) for g in GRIDS]
 

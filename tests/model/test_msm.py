@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamask.msm import MaskSwitch, SqueezeExcitation, gumbel_noise, route, size_based_grid, straight_through
+from dynamask.msm import Budget, MaskSwitch, SqueezeExcitation, gumbel_noise, route, size_based_grid, straight_through
 from runtime.graph import MSM, SIZE_BASED
 
 COSTS = torch.tensor([0.23, 0.54, 0.90, 1.36])
@@ -16,7 +16,7 @@ COSTS = torch.tensor([0.23, 0.54, 0.90, 1.36])
 
 def routed(log_p: torch.Tensor, budget: float, override: int = MSM) -> torch.Tensor:
     n = len(log_p)
-    return route(log_p, COSTS, torch.tensor(budget), torch.full((n,), 0.3), torch.full((n,), override))
+    return route(log_p, Budget.of_mean(torch.tensor(budget), COSTS), torch.full((n,), 0.3), torch.full((n,), override))
 
 
 def test_without_a_budget_the_most_probable_grid_is_chosen() -> None:
@@ -54,12 +54,47 @@ def test_overrides_are_obeyed_and_do_not_count_for_the_budget() -> None:
     log_p = torch.log_softmax(torch.tensor([[0.0, 0.0, 0.0, 9.0]] * 4), -1)
     override = torch.tensor([3, 3, MSM, SIZE_BASED])
     sizes = torch.tensor([0.1, 0.1, 0.1, 0.3])
-    grids = route(log_p, COSTS, torch.tensor(0.54), sizes, override)
+    grids = route(log_p, Budget.of_mean(torch.tensor(0.54), COSTS), sizes, override)
     assert grids[:2].tolist() == [3, 3] and COSTS[grids[2]] <= 0.54 and int(grids[3]) == 2
 
 
 def test_no_instance_is_routed_to_nothing() -> None:
     assert routed(torch.zeros(0, 4), 0.5).shape == (0,)
+    assert within_total(torch.zeros(0, 4), 0.5).shape == (0,)
+
+
+FIXED = torch.tensor([0.5, 1.0, 1.0, 2.5])
+
+
+def within_total(log_p: torch.Tensor, total: float) -> torch.Tensor:
+    n = len(log_p)
+    budget = Budget(torch.tensor(0.0), torch.tensor(total), torch.stack([COSTS, FIXED]))
+    return route(log_p, budget, torch.full((n,), 0.3), torch.full((n,), MSM))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 30), st.floats(0.2, 2.0))
+def test_the_total_with_the_largest_grids_fixed_cost_is_kept(seed: int, n: int, each: float) -> None:
+    """Against a dense search over lambda in float64."""
+    log_p = torch.log_softmax(2 * torch.randn(n, 4, generator=torch.Generator().manual_seed(seed)), -1)
+    grids = within_total(log_p, each * n)
+    total = float(COSTS[grids].sum() + FIXED[grids.max()])
+    scores, costs, fixed = log_p.double().numpy(), COSTS.double().numpy(), FIXED.double().numpy()
+    for value in np.concatenate([[0.0], np.geomspace(1e-4, 200, 4000)]):
+        choice = (scores - value * costs).argmax(-1)
+        searched = costs[choice].sum() + fixed[choice.max()]
+        if searched <= each * n:
+            break
+    if each * n < n * float(COSTS[0]) + 0.5:
+        assert grids.eq(0).all()
+    else:
+        assert searched - 1e-5 <= total <= each * n * (1 + 1e-5)
+
+
+def test_the_fixed_cost_of_a_grid_may_forbid_it_to_all() -> None:
+    """One instance at 112 would cost 1.36 + 2.5, at 56 0.9 + 1."""
+    log_p = torch.log_softmax(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), -1)
+    assert [int(within_total(log_p, total)) for total in (3.9, 3.8, 1.95, 1.85, 0.1)] == [3, 2, 2, 1, 0]
 
 
 @settings(max_examples=50, deadline=None)

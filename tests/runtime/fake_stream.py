@@ -44,12 +44,15 @@ class FakePredictor:
 
     def __init__(self, count: int = 3, error: BaseException | None = None, at: int = 5, budget_gmacs: float = 0.0) -> None:
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(grid_gmacs=GRID_GMACS))
-        self.budget_gmacs = budget_gmacs
+        self.budget_gmacs, self.budget_ms = budget_gmacs, 0.0
         self.calls = 0
         self.budgets: list[float | None] = []
         self.overrides: list[int | None] = []
         self.costs: list[float] = []
         self._count, self._error, self._at = count, error, at
+
+    def check_budget(self, budget_gmacs: float, budget_ms: float) -> None:
+        """Any can be kept."""
 
     def __call__(
         self,
@@ -57,6 +60,7 @@ class FakePredictor:
         budget_gmacs: float | None = None,
         grid_override: int | None = None,
         min_score: float = 0.0,
+        budget_ms: float | None = None,
     ) -> Instances:
         self.calls += 1
         self.budgets.append(budget_gmacs)

@@ -33,9 +33,10 @@ class PackingEngine:
 
     def __init__(self, engine):
         self.engine, self.target, self.manifest, self.profile = engine, engine.target, engine.manifest, engine.profile
+        self.costs, self.threads, self.takes_costs, self.processor = engine.costs, engine.threads, engine.takes_costs, engine.processor
 
-    def run(self, image, budget_gmacs=None, grid_override=None, min_score=0.0, frames=None):
-        output = self.engine.run(image, budget_gmacs, grid_override, min_score)
+    def run(self, image, budget_gmacs=None, grid_override=None, min_score=0.0, frames=None, masks_ms=None):
+        output = self.engine.run(image, budget_gmacs, grid_override, min_score, masks_ms=masks_ms)
         if frames is None:
             return output
         slots, masks = self.manifest.detections, {}

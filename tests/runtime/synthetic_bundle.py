@@ -36,15 +36,18 @@ def manifest(**changes):
     return Manifest(**fields | changes)
 
 
-def create(folder, **changes):
-    """A bundle without engines in `folder`."""
+def create(folder, takes_costs=True, **changes):
+    """A bundle without engines in `folder`; without `takes_costs` as earlier versions exported it."""
     source = folder.parent / f"{folder.name}.onnx"
-    onnx.save(graph(), source)
+    onnx.save(graph(takes_costs), source)
     return Bundle.create(folder, manifest(**changes), {"model.onnx": source})
 
 
-def graph():
-    """Features are strided copies of the image, detections are constants, the logits are P2's mean plus the label (+1 or 0)."""
+def graph(takes_costs=True):
+    """Features are strided copies of the image, detections are constants, the logits are P2's mean plus the label (+1 or 0).
+
+    A `total_budget` below the cost of four instances at 112 counts as a `budget` does: the smallest grids are chosen.
+    """
     tensors = [
         numpy_helper.from_array(value, name)
         for name, value in {
@@ -67,7 +70,8 @@ def graph():
         helper.make_node("Where", ["sure", "const_scores", "zero"], ["scores"]),
     ]
     nodes += [
-        helper.make_node("Greater", ["budget", "zero"], ["limited"]),
+        helper.make_node("Greater", ["budget", "zero"], ["limited_mean"]),
+        *(_within_total() if takes_costs else [helper.make_node("Identity", ["limited_mean"], ["limited"])]),
         helper.make_node("Where", ["limited", "least", "free"], ["chosen"]),
         helper.make_node("Less", ["grid_override", "zero_int"], ["undecided"]),
         helper.make_node("Where", ["undecided", "chosen", "grid_override"], ["wanted"]),
@@ -98,6 +102,10 @@ def graph():
         helper.make_tensor_value_info("budget", floats, []),
         helper.make_tensor_value_info("grid_override", ints, [SLOTS]),
     ]
+    if takes_costs:
+        inputs += [helper.make_tensor_value_info("total_budget", floats, []), helper.make_tensor_value_info("costs", floats, [2, 4])]
+        largest = {"largest": np.array(3, np.int64), "times": np.array([4, 1], np.float32)}
+        tensors += [numpy_helper.from_array(value, name) for name, value in largest.items()]
     outputs = [
         helper.make_tensor_value_info("boxes", floats, [SLOTS, 4]),
         helper.make_tensor_value_info("scores", floats, [SLOTS]),
@@ -112,6 +120,18 @@ def graph():
     return model
 
 
+def _within_total():
+    return [
+        helper.make_node("Gather", ["costs", "largest"], ["of_largest"], axis=1),
+        helper.make_node("Mul", ["of_largest", "times"], ["of_four"]),
+        helper.make_node("ReduceSum", ["of_four"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "total_budget"], ["over"]),
+        helper.make_node("Greater", ["total_budget", "zero"], ["limits_total"]),
+        helper.make_node("And", ["over", "limits_total"], ["limited_total"]),
+        helper.make_node("Or", ["limited_mean", "limited_total"], ["limited"]),
+    ]
+
+
 class EngineOfSeveral:
     """Takes up to `most` canvases in a run: another engine, one canvas after the other, its outputs laid end to end."""
 
@@ -120,13 +140,16 @@ class EngineOfSeveral:
         self.profile = Profile(batch=(1, most, most), canvas=(engine.manifest.canvas,) * 3)
         self.counts = []
         """Of each run, how many canvases."""
+        self.costs, self.threads, self.takes_costs, self.processor = engine.costs, engine.threads, engine.takes_costs, engine.processor
 
-    def run(self, image, budget_gmacs=None, grid_override=None, min_score=0.0, frames=None):
+    def run(self, image, budget_gmacs=None, grid_override=None, min_score=0.0, frames=None, masks_ms=None):
         count = len(image)
         assert count <= self.profile.batch[-1]
         self.counts.append(count)
         overrides = np.full(count * SLOTS, -1 if grid_override is None else grid_override).reshape(count, SLOTS)
-        parts = [self.engine.run(one[None], budget_gmacs, own, min_score) for one, own in zip(image, overrides, strict=True)]
+        parts = [
+            self.engine.run(one[None], budget_gmacs, own, min_score, masks_ms=masks_ms) for one, own in zip(image, overrides, strict=True)
+        ]
         masks = {
             grid: (
                 np.concatenate([part.masks[grid][0] + SLOTS * b for b, part in enumerate(parts)]),

@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from runtime.bundle import Bundle
-from runtime.costs import GridCost, MeasuredCosts, Percentiles, TimedMasks, fit_costs
+from runtime.costs import TimedMasks, fit_costs
 from runtime.errors import InputError
 from runtime.graph import GRIDS
+from tests.runtime.known_costs import costs
 
 EMPTY = 1.5
 FIXED = (0.5, 1.0, 2.0, 0.25)
@@ -35,21 +36,6 @@ def measured(noise: float = 0.0) -> list[TimedMasks]:
     uniform = [tuple(n if k == grid else 0 for k in range(4)) for n, grid in itertools.product((1, 4, 12), range(4))]
     mixed = [(0, 0, 0, 0), (8, 8, 5, 3), (2, 1, 1, 0), (20, 0, 0, 1), (1, 1, 1, 1)]
     return [TimedMasks(counts, true_ms(counts) * (1 + noise * random.standard_normal())) for counts in (*uniform, *mixed)]  # type: ignore[arg-type]
-
-
-def costs(**changes: Any) -> MeasuredCosts:
-    fields: dict[str, Any] = {
-        "detector_ms": Percentiles(p50=20, p99=25),
-        "empty_ms": 1,
-        "grids": {grid: GridCost(fixed_ms=2 + k, instance_ms=1 + k) for k, grid in enumerate(GRIDS)},
-        "fit_error": 0.02,
-        "samples": 10,
-        "threads": 2,
-        "date": "2026-01-31",
-        "host": "box",
-        "processor": "CPU",
-    }
-    return MeasuredCosts(**fields | changes)
 
 
 def test_exact_times_are_fitted_exactly() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +19,11 @@ from export.onnxruntime_engine import build_onnxruntime
 from runtime.bundle import Bundle, Profile
 from runtime.errors import DynaMaskError, InputError
 from runtime.graph import GRIDS
+from runtime.machine import processor
 from runtime.predictor import Predictor, load
 from runtime.preprocess import letterbox_normalise
 from runtime.targets.base import EngineOutput
+from tests.runtime.known_costs import costs
 
 WHITE = np.full((128, 96, 3), 255, np.uint8)
 
@@ -118,7 +122,7 @@ class WholeImage:
     """Notes the canvases of its runs; finds one instance in each, on all of the canvas."""
 
     def __init__(self, profile):
-        self.profile, self.runs = profile, []
+        self.profile, self.runs, self.costs = profile, [], None
 
     def run(self, image, *_):
         self.runs.append(image.copy())
@@ -183,7 +187,7 @@ def test_two_sessions_agree_with_the_whole_graph(predictor, bundle, synthetic):
     whole = ort.InferenceSession(bundle.path / "model.onnx", providers=["CPUExecutionProvider"])
     names = [value.name for value in whole.get_outputs()]
     inputs = {"image": image, "budget": np.array(0, np.float32), "grid_override": np.full(synthetic.SLOTS, -1)}
-    inputs["min_score"] = np.array(0, np.float32)
+    inputs |= {"min_score": np.array(0, np.float32), "total_budget": np.array(0, np.float32), "costs": np.zeros((2, 4), np.float32)}
     expected = dict(zip(names, whole.run(None, inputs), strict=True))
     for name in ("boxes", "scores", "labels", "grids"):
         np.testing.assert_array_equal(getattr(output, name), expected[name])
@@ -229,7 +233,7 @@ class SlowEngine:
     """Another engine, which waits before it runs and notes whether it was closed during a run."""
 
     def __init__(self, engine):
-        self.engine, self.profile = engine, engine.profile
+        self.engine, self.profile, self.costs = engine, engine.profile, engine.costs
         self.started, self.running, self.closed_during_a_run = threading.Event(), False, None
 
     def run(self, *values):
@@ -376,3 +380,74 @@ def test_a_model_with_a_tensor_that_two_nodes_write_is_refused(synthetic, tmp_pa
     bundle = Bundle.create(tmp_path / "a.bundle", synthetic.manifest(), {"model.onnx": tmp_path / "twice.onnx"})
     with pytest.raises(InputError, match="is not a DynaMask graph"):
         build_onnxruntime(bundle)
+
+
+@pytest.fixture
+def measured(synthetic, tmp_path):
+    """A bundle whose engine has measured costs: 21 ms for a frame without instances."""
+    bundle = synthetic.create(tmp_path / "measured.bundle")
+    build_onnxruntime(bundle)
+    bundle.set_costs("onnxruntime", costs(host=platform.node(), processor=processor(), threads=1))
+    return bundle
+
+
+def test_a_budget_in_milliseconds_is_the_frames(measured):
+    """Four instances at 112 take 20 + 5 + 4 * 4 = 41 ms."""
+    with load(measured, threads=1) as free, load(measured, threads=1, budget_ms=40.9) as tight:
+        assert free(WHITE, budget_ms=41).grids.tolist() == free(WHITE).grids.tolist() == [112, 14, 56, 14]
+        assert free(WHITE, budget_ms=40.9).grids.tolist() == tight(WHITE).grids.tolist() == [14] * 4
+        assert tight(WHITE, budget_ms=0).grids.tolist() == tight(WHITE, budget_gmacs=0).grids.tolist() == [112, 14, 56, 14]
+
+
+def test_times_are_predicted_from_the_grids_of_the_instances(measured, predictor):
+    with load(measured, threads=1) as found:
+        assert found.costs_notice() is None
+        assert found(WHITE).predicted_ms == {"detector": 20, "masks": 5 + 4 + 1 + 3 + 1}
+        assert found(WHITE, min_score=0.85)[:1].predicted_ms == {"detector": 20, "masks": 5 + 4}
+        assert found(WHITE, min_score=0.95).predicted_ms == {"detector": 20, "masks": 1}
+    assert predictor(WHITE).predicted_ms == {}
+
+
+def test_images_of_a_run_share_its_budget_and_prediction(measured, synthetic):
+    with load(measured, threads=1) as single:
+        several = Predictor(measured, synthetic.EngineOfSeveral(single.engine, 2))
+        first, second = several.batch([WHITE, WHITE])
+        assert first.predicted_ms == second.predicted_ms == {"detector": 20, "masks": (5 + 2 * 9) / 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads", "said"),
+    [
+        ({"host": "elsewhere"}, 1, "were measured on elsewhere"),
+        ({"processor": "another"}, 1, r"\(another\), and this machine is"),
+        ({}, 2, "were measured with 1 thread, and the engine runs with 2 threads"),
+    ],
+)
+def test_costs_of_another_machine_are_used_and_said(measured, changes, threads, said):
+    here = {"host": platform.node(), "processor": processor(), "threads": 1}
+    measured.set_costs("onnxruntime", costs(**here | changes))
+    with load(measured, threads=threads) as found:
+        assert re.search(said, found.costs_notice())
+        assert found(WHITE, budget_ms=40).grids.tolist() == [14] * 4
+
+
+def test_a_budget_in_milliseconds_that_cannot_be_kept_is_refused(measured, bundle, synthetic, tmp_path):
+    with load(measured, threads=1) as found:
+        smallest = r"without instances takes 21\.0 ms, of which the detector 20\.0; .* 23\.0 ms with one instance and 28\.0 ms with 6"
+        with pytest.raises(InputError, match=smallest):
+            found(WHITE, budget_ms=20.9)
+        assert found(WHITE, budget_ms=23).grids.tolist() == [14] * 4
+        with pytest.raises(InputError, match=r"leave out one of 0\.1 GMAC and 40 ms"):
+            found(WHITE, budget_gmacs=0.1, budget_ms=40)
+        for budget in (-1, float("nan"), float("inf")):
+            with pytest.raises(InputError, match="milliseconds cannot be kept; give a positive number"):
+                found(WHITE, budget_ms=budget)
+    with pytest.raises(InputError, match=r"were not measured.*run dynamask calibrate"):
+        load(bundle, budget_ms=40)
+    earlier = synthetic.create(tmp_path / "earlier.bundle", takes_costs=False)
+    build_onnxruntime(earlier)
+    earlier.set_costs("onnxruntime", costs())
+    with load(earlier) as old:
+        assert old(WHITE, budget_gmacs=0.2).grids.tolist() == [14] * 4
+        with pytest.raises(InputError, match="counts in GMAC alone, as earlier versions exported it: export the bundle again"):
+            old(WHITE, budget_ms=40)

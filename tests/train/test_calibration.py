@@ -12,7 +12,7 @@ from dynamask.config import load_config
 from dynamask.data.augment import TrainingItems
 from dynamask.data.shapes import ShapesDataset
 from dynamask.model import DynaMask, build_model
-from dynamask.msm import MaskSwitch, route
+from dynamask.msm import Budget, MaskSwitch, route
 from dynamask.train.calibration import (
     IOU_RANGE,
     LOGITS_PER_IOU,
@@ -93,7 +93,7 @@ def test_the_mean_cost_is_the_target_without_a_budget_and_the_budget_with_one(fi
     with torch.no_grad():
         log_probabilities = torch.log_softmax(msm(seen.regions.float()), dim=-1)
     for budget, expected in ((0.0, 0.55), (0.3, 0.3)):
-        grids = route(log_probabilities, COSTS, torch.tensor(budget), torch.ones(1000), none)
+        grids = route(log_probabilities, Budget.of_mean(torch.tensor(budget), COSTS), torch.ones(1000), none)
         assert float(COSTS[grids].mean()) == pytest.approx(expected, abs=0.01) and float(COSTS[grids].mean()) <= expected + 1e-6
     assert figures["mean_gmacs"] <= 0.55 and figures["lambda"] > 0
     # The instances that gain more get the larger grids.
@@ -108,7 +108,7 @@ def test_lambda_is_the_smallest_that_keeps_to_the_target(seed: int, budget: floa
     log_probabilities = torch.log_softmax(3 * torch.randn(30, 4, generator=torch.Generator().manual_seed(seed)), dim=-1)
     lambda_ = smallest_lambda(log_probabilities, COSTS, budget)
     ours = (log_probabilities - lambda_ * COSTS).argmax(dim=-1)
-    exact = route(log_probabilities, COSTS, torch.tensor(budget), torch.ones(30), torch.full((30,), MSM))
+    exact = route(log_probabilities, Budget.of_mean(torch.tensor(budget), COSTS), torch.ones(30), torch.full((30,), MSM))
     assert float(COSTS[ours].mean()) <= max(budget, 0.1) + 1e-6
     assert float(COSTS[ours].mean()) == pytest.approx(float(COSTS[exact].mean()), abs=0.031)  # one instance's step
 

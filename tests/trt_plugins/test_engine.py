@@ -13,11 +13,12 @@ import pytest
 
 from runtime.bundle import Bundle, Profile
 from runtime.errors import DynaMaskError, InputError
-from runtime.graph import GRIDS, INPUTS, OUTPUTS
+from runtime.graph import COST_CONTROLS, GRIDS, INPUTS, OUTPUTS
 from runtime.instances import ClassName
 from runtime.paste import Frame
 from runtime.predictor import Predictor, to_instances
 from runtime.targets.registry import TARGETS, open_engine
+from tests.runtime.known_costs import costs
 from tests.trt_plugins import host_memory
 from trt_plugins import engine as tensorrt
 from trt_plugins import target as tensorrt_target
@@ -148,7 +149,7 @@ class FakeContext:
         images, canvases = self.profile.batch[::2], self.profile.canvas[::2]
         if name == "image":
             return [(count, 3, *canvas) for count, canvas in zip(images, canvases, strict=True)]
-        return [(SLOTS * count,) for count in images] if name == "grid_override" else [(), ()]
+        return {"grid_override": [(SLOTS * count,) for count in images], "costs": [(2, 4)] * 2}.get(name, [(), ()])
 
     def set_input_shape(self, name, shape):
         least, most = self.bounds(name)
@@ -182,7 +183,9 @@ class FakeContext:
         if self.engine.trt.broken:
             self.engine.logger.log(self.engine.trt.ILogger.ERROR, "Error Code 1: launch failed.")
             return False
-        image, least, budget, override = (self.array(name, self.get_tensor_shape(name)).copy() for name in INPUTS)
+        given = {name: self.array(name, self.get_tensor_shape(name)).copy() for name in INPUTS if name in self.engine.names}
+        image, least, budget, override = (given[name] for name in ("image", "min_score", "budget", "grid_override"))
+        self.limits = [given.get(name) for name in ("budget", "total_budget", "costs")]
         assert len(override) == SLOTS * len(image)
         self.inputs = image, override
         means = image.mean((1, 2, 3))
@@ -415,7 +418,7 @@ def test_the_canvas_of_each_run_is_its_images(several):
 def test_memory_stays_constant_over_runs(several):
     with several(CANVASES) as engine:
         # Inputs, boxes, scores, labels, grids; then places and logits of every slot on every grid.
-        inputs = 3 * (3 * 64 * 96 * 4 + SLOTS * 8) + 4 + 4
+        inputs = 3 * (3 * 64 * 96 * 4 + SLOTS * 8) + 3 * 4 + 2 * 4 * 4
         outputs = 3 * SLOTS * (4 * 4 + 4 + 8 + 8 + sum(8 + 4 * grid**2 for grid in GRIDS))
         assert sum(tensor.buffer.nbytes for tensor in engine._tensors.values()) == inputs + outputs
         blocks = dict(engine._driver.blocks)
@@ -601,6 +604,31 @@ def test_a_failed_run_gives_tensorrts_reason_and_may_be_followed_by_another(bund
             engine.run(image())
         trt.broken = False
         assert len(engine.run(image()).masks) == 4
+
+
+def test_budgets_and_costs_reach_the_graph(bundle, install):
+    install(trt := fake_trt(), FakeDriver())
+    bundle.set_costs("tensorrt-rtx", costs())
+    gmacs = [list(bundle.manifest.grid_gmacs.values()), [0] * 4]
+    with TensorRTEngine(bundle, "tensorrt-rtx") as engine:
+        assert (engine.threads, engine.processor, engine.takes_costs) == (0, "Fake GPU", True)
+        for given, mean, total, wanted in (
+            ({"budget_gmacs": 0.25}, 0.25, 0, gmacs),
+            ({"masks_ms": 7.5}, 0, 7.5, costs().graph_costs()),
+            ({}, 0, 0, gmacs),
+        ):
+            engine.run(image(), **given)
+            for found, value in zip(trt.context.limits, (mean, total, np.array(wanted, np.float32)), strict=True):
+                np.testing.assert_array_equal(found, value)
+
+
+def test_a_graph_of_an_earlier_version_counts_in_gmac_alone(bundle, install):
+    install(fake_trt(names=[name for name in (*INPUTS, *OUTPUTS) if name not in COST_CONTROLS]), FakeDriver())
+    bundle.set_costs("tensorrt-rtx", costs())
+    with TensorRTEngine(bundle, "tensorrt-rtx") as engine:
+        check_found(engine.run(image(0.9), budget_gmacs=0.25), (0.9,), [FREE], budget=0.25)
+        with pytest.raises(InputError, match="counts in GMAC alone"):
+            engine.run(image(), masks_ms=7.5)
 
 
 def test_the_allocator_gives_the_room_there_is():

@@ -109,13 +109,20 @@ def detector(batch: int | str, sides: Sequence[int | str]) -> onnx.ModelProto:
     add("Gather", "", ["boxes", "slots"], ["mask_boxes"])
     add("Gather", "", ["grid_override", "slots"], ["override"])
     routed = [*OPERATORS["MsmRoute"].outputs]
-    settings = {"batch": 3, "stride": 4, "detections": 6, "costs": (0.1, 0.2, 0.3, 0.4)}
-    add("MsmRoute", DOMAIN, ["mask_boxes", "mask_boxes", "override", "slots", "budget", "logits0"], routed, **settings)
+    settings = {"batch": 3, "stride": 4, "detections": 6}
+    add(
+        "MsmRoute",
+        DOMAIN,
+        ["mask_boxes", "mask_boxes", "override", "slots", "budget", "total_budget", "costs", "logits0"],
+        routed,
+        **settings,
+    )
     settings = {"strides": (4,), "size": 7, "samples": 1, "aligned": 1}
     add("RoiAlign", DOMAIN, ["logits0", "proposals"], ["box_region"], per_image=20, **settings)
     add("RoiAlign", DOMAIN, ["logits0", "mask_boxes", "slots"], ["region"], per_image=6, **settings)
     weights = {"anchors": np.ones((5, 3, 4)), "class_weight": np.ones((4, 3)), "delta_weight": np.ones((4, 12))}
-    inputs = [*maps, *(helper.make_tensor_value_info(name, FLOAT, []) for name in ("min_score", "budget"))]
+    inputs = [*maps, *(helper.make_tensor_value_info(name, FLOAT, []) for name in ("min_score", "budget", "total_budget"))]
+    inputs.append(helper.make_tensor_value_info("costs", FLOAT, [2, 4]))
     slots = "slots" if isinstance(batch, str) else 6 * batch
     inputs.append(helper.make_tensor_value_info("grid_override", TensorProto.INT64, [slots]))
     outputs = [helper.make_tensor_value_info(name, FLOAT, None) for name in ("boxes", "box_region", "region")]

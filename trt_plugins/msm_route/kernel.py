@@ -1,8 +1,8 @@
 """MsmRoute's kernels: `choose_grids` gives every instance its grid, and `list_stage` lists the instances of one stage.
 
 Without a budget, an instance's grid is the one with the largest log p (paper, Eq. 1). With one, it is `argmax_k (log p_k - lambda
-cost_k)` with the smallest lambda for which the mean cost keeps to the budget. The mean cost falls in steps as lambda grows; a step lies
-where some instance scores two grids the same: at most 6 values an instance. All of them are tried.
+cost_k)` with the smallest lambda for which the mean and the total cost keep to their budgets. Both fall in steps as lambda grows; a step
+lies where some instance scores two grids the same: at most 6 values an instance. All of them are tried.
 """
 
 # mypy: ignore-errors
@@ -24,12 +24,13 @@ def choose_grids(
     override,
     slots,
     budget,
+    total_budget,
+    costs,
     grids_of_slots,
     grids_of_instances,
     n,
     slot_count,
     canvas_area,
-    COSTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_LAMBDAS: tl.constexpr,
 ):
@@ -41,13 +42,17 @@ def choose_grids(
     given = tl.load(override + instance, mask=valid, other=0)
     routed = (valid & (given == MSM)).to(tl.float32)
     weight = tl.div_rn(routed, tl.maximum(tl.sum(routed), 1.0))
-    limit = tl.load(budget)
+    limits = _limit(budget), _limit(total_budget)
+    own = _four(costs)
+    fixed = _four(costs + 4)
 
     penalty = 0.0
-    grid = _best_grid(log_p, penalty, COSTS)
-    if (limit > 0.0) & (tl.sum(_cost(grid, COSTS) * weight) > _with_tolerance(limit)):
-        penalty = _smallest_penalty(logits, n, valid, log_p, weight, limit, COSTS, BLOCK_LAMBDAS)
-    grid = _best_grid(log_p, penalty, COSTS)
+    grid = _best_grid(log_p, penalty, own)
+    cost = _cost(grid, own)
+    largest = tl.max(tl.where(routed > 0.0, grid, 0))
+    if not _within(tl.sum(cost * weight), tl.sum(cost * routed) + _cost(largest, fixed), limits):
+        penalty = _smallest_penalty(logits, n, valid, log_p, routed, weight, limits, own, fixed, BLOCK_LAMBDAS)
+    grid = _best_grid(log_p, penalty, own)
     grid = tl.where(given == SIZE_BASED, _size_based(boxes, instance, valid, canvas_area), grid)
     grid = tl.where((given >= 0) & (given < SIZE_BASED), given.to(tl.int32), grid)
     tl.store(grids_of_instances + instance, grid, mask=valid)
@@ -107,53 +112,69 @@ def _log_probabilities(logits, rows, valid):
 
 
 @triton.jit
-def _best_grid(log_p, penalty, COSTS: tl.constexpr):
+def _four(values):
+    """Four values in a row: a tuple, one for each grid."""
+    return tl.load(values), tl.load(values + 1), tl.load(values + 2), tl.load(values + 3)
+
+
+@triton.jit
+def _best_grid(log_p, penalty, own):
     """The grid with the largest `log p - penalty cost`, the smallest of equals."""
-    best = log_p[0] - penalty * COSTS[0]
+    best = log_p[0] - penalty * own[0]
     grid = tl.zeros(best.shape, tl.int32)
     for k in tl.static_range(1, 4):
-        score = log_p[k] - penalty * COSTS[k]
+        score = log_p[k] - penalty * own[k]
         grid = tl.where(score > best, k, grid)
         best = tl.maximum(score, best)
     return grid
 
 
 @triton.jit
-def _cost(grid, COSTS: tl.constexpr):
-    return tl.where(grid < 2, tl.where(grid == 0, COSTS[0], COSTS[1]), tl.where(grid == 2, COSTS[2], COSTS[3]))
+def _cost(grid, costs):
+    return tl.where(grid < 2, tl.where(grid == 0, costs[0], costs[1]), tl.where(grid == 2, costs[2], costs[3]))
 
 
 @triton.jit
-def _with_tolerance(limit):
-    return limit * (1 + 1e-6)
+def _within(mean_cost, total_cost, limits):
+    """Whether costs keep to the limits on the mean and on the total."""
+    return (mean_cost <= limits[0]) & (total_cost <= limits[1])
 
 
 @triton.jit
-def _smallest_penalty(logits, n, valid, log_p, weight, limit, COSTS: tl.constexpr, BLOCK_LAMBDAS: tl.constexpr):
-    """The smallest `_indifference` of all instances that keeps the mean cost to the limit; the largest plus 1 if none does."""
+def _limit(budget):
+    """The limit with its tolerance; infinity for a budget of 0 or less, which sets no limit."""
+    value = tl.load(budget)
+    return tl.where(value > 0.0, value * (1 + 1e-6), float("inf"))
+
+
+@triton.jit
+def _smallest_penalty(logits, n, valid, log_p, routed, weight, limits, own, fixed, BLOCK_LAMBDAS: tl.constexpr):
+    """The smallest `_indifference` of all instances that keeps to the limits; the largest plus 1 if none does."""
     largest = tl.zeros(valid.shape, tl.float32)
     for low in tl.static_range(3):
         for high in tl.static_range(low + 1, 4):
-            largest = tl.maximum(largest, _indifference(log_p[low], log_p[high], COSTS[high] - COSTS[low]))
+            largest = tl.maximum(largest, _indifference(log_p[low], log_p[high], own[high] - own[low]))
     beyond = tl.max(tl.where(valid, largest, 0.0)) + 1.0
 
     smallest = tl.full([BLOCK_LAMBDAS], 0.0, tl.float32) + beyond
     columns = (log_p[0][None, :], log_p[1][None, :], log_p[2][None, :], log_p[3][None, :])
+    counts = (routed > 0.0)[None, :]
     for first in range(0, n, BLOCK_LAMBDAS):
         row = first + tl.arange(0, BLOCK_LAMBDAS)
         row_log_p = _log_probabilities(logits, row, row < n)
         for low in tl.static_range(3):
             for high in tl.static_range(low + 1, 4):
-                lambdas = _indifference(row_log_p[low], row_log_p[high], COSTS[high] - COSTS[low])
-                tried = _best_grid(columns, lambdas[:, None], COSTS)
-                mean_cost = tl.sum(_cost(tried, COSTS) * weight[None, :], axis=1)
-                fits = (row < n) & (mean_cost <= _with_tolerance(limit))
-                smallest = tl.minimum(smallest, tl.where(fits, lambdas, beyond))
+                lambdas = _indifference(row_log_p[low], row_log_p[high], own[high] - own[low])
+                tried = _best_grid(columns, lambdas[:, None], own)
+                cost = _cost(tried, own)
+                once = _cost(tl.max(tl.where(counts, tried, 0), axis=1), fixed)
+                fits = _within(tl.sum(cost * weight[None, :], axis=1), tl.sum(cost * routed[None, :], axis=1) + once, limits)
+                smallest = tl.minimum(smallest, tl.where((row < n) & fits, lambdas, beyond))
     return tl.min(smallest)
 
 
 @triton.jit
-def _indifference(lower, upper, gap: tl.constexpr):
+def _indifference(lower, upper, gap):
     """The lambda at which two grids whose costs differ by `gap` score the same, and slightly more, because the division rounds."""
     return tl.maximum((upper - lower) / gap, 0.0) * (1 + 1e-5) + 1e-6
 

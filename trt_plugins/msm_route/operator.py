@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from runtime.graph import CONTINUE, EXIT, GRIDS, SLOTS
@@ -34,6 +33,8 @@ INPUTS = (
     ("override", ("n",), ("int64",)),
     ("slots", ("n",), ("int64",)),
     ("budget", (), ("float32",)),
+    ("total_budget", (), ("float32",)),
+    ("costs", (2, 4), ("float32",)),
     ("map", ("B", "any", "H", "W"), ("float32", "float16")),
 )
 """Name, shape and types of each."""
@@ -49,7 +50,9 @@ class MsmRoute(Operator):
         boxes: `[n, 4] float32`, xyxy in pixels of the canvas.
         override: `[n] int64`: `runtime.graph.MSM`, `runtime.graph.SIZE_BASED`, or a grid 0..3.
         slots: `[n] int64`, the detection slot of each instance, 0..B K - 1, none twice; slot k of image b is b K + k.
-        budget: `[] float32`, the mean GMAC of the instances, of all images, that are left to the MSM; 0 or less is no budget.
+        budget: `[] float32`, the largest mean cost of the instances, of all images, that are left to the MSM; 0 or less is no limit.
+        total_budget: `[] float32`, the largest sum of their costs and the fixed cost of the largest grid among them; 0 or less is no limit.
+        costs: `[2, 4] float32`, by grid an instance's own cost, ascending, and the fixed cost, in the unit of the budgets.
         map: `[B, any, H, W]` float32 or float16, which covers the canvas with `stride` pixels per cell; its values are not read.
 
     Outputs, all int64:
@@ -59,8 +62,7 @@ class MsmRoute(Operator):
         slots_14 .. slots_112: the slots of the instances that exit.
         continue_28_count .. continue_112_count, exit_14_count .. exit_112_count: `[]`, the sizes of these lists.
 
-    Attributes are `batch` (the largest number of images of a run, which decides the program's width), `stride`, `detections` (K) and
-    `costs` (GMAC per instance at each grid, ascending).
+    Attributes are `batch` (the largest number of images of a run, which decides the program's width), `stride` and `detections` (K).
     """
 
     name = "MsmRoute"
@@ -68,7 +70,6 @@ class MsmRoute(Operator):
         Attribute("batch", "int", 1),
         Attribute("stride", "int"),
         Attribute("detections", "int"),
-        Attribute("costs", "floats"),
     )
     outputs = ("grids", *CONTINUE, *EXIT, *SLOTS, *SIZES)
 
@@ -76,9 +77,9 @@ class MsmRoute(Operator):
         """Refuse attribute values that are out of range or do not fit each other.
 
         Raises:
-            InputError: a number below 1, too many slots for one program, or costs that do not rise.
+            InputError: a number below 1, or too many slots for one program.
         """
-        batch, detections, costs = self.values["batch"], self.values["detections"], self.values["costs"]
+        batch, detections = self.values["batch"], self.values["detections"]
         for name in ("batch", "stride", "detections"):
             if self.values[name] < 1:
                 raise self.refuse(f"{name} is {self.values[name]}; give 1 or more")
@@ -87,8 +88,6 @@ class MsmRoute(Operator):
                 f"batch is {batch} and detections is {detections}, {batch * detections} slots in a run; "
                 f"give at most {max(MAX_SLOTS // detections, 1)} images of at most {MAX_SLOTS} slots"
             )
-        if len(costs) != len(GRIDS) or any(cheap >= dear for cheap, dear in pairwise(costs)):
-            raise self.refuse(f"costs is {list(costs)}; give {len(GRIDS)} that rise, one per grid")
 
     def check_inputs(self, inputs: Sequence[TensorSpec]) -> None:
         """Refuse inputs whose number, rank, sizes or types do not fit.
@@ -157,6 +156,8 @@ class MsmRoute(Operator):
             ("override", "*i64"),
             ("slots", "*i64"),
             ("budget", "*fp32"),
+            ("total_budget", "*fp32"),
+            ("costs", "*fp32"),
             ("grids_of_slots", "*i64"),
             ("grids_of_instances", "*i32"),
             ("n", "i32"),
@@ -164,7 +165,7 @@ class MsmRoute(Operator):
             ("canvas_area", "fp32"),
         )
         block, lambdas, warps = _program(self._slots)
-        constants = (("COSTS", self.values["costs"]), ("BLOCK_N", block), ("BLOCK_LAMBDAS", lambdas))
+        constants = (("BLOCK_N", block), ("BLOCK_LAMBDAS", lambdas))
         return KernelSpec(KERNELS, "choose_grids", signature, constants, num_warps=warps)
 
     def _list_stage(self) -> KernelSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
 
 import torch
@@ -17,34 +16,38 @@ def msm_route(
     override: Tensor,
     slots: Tensor,
     budget: Tensor,
+    total_budget: Tensor,
+    costs: Tensor,
     feature: Tensor,
     stride: int,
     detections: int,
-    costs: Sequence[float],
 ) -> list[Tensor]:
     """The outputs of `MsmRoute`, in their order, from its inputs and attributes; the attribute `batch` does not matter."""
     canvas = (feature.shape[2] * stride, feature.shape[3] * stride)
     areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0)
     sides = torch.sqrt(areas / float(canvas[0] * canvas[1])).clamp(min=1e-6)
     size_based = torch.floor(4 + torch.log2(sides)).clamp(0, 3).long()
-    routed = routed_grids(torch.log_softmax(logits.float(), -1), override == MSM, float(budget), costs)
+    routed = routed_grids(torch.log_softmax(logits.float(), -1), override == MSM, float(budget), float(total_budget), costs)
     grids = torch.where(override == SIZE_BASED, size_based, routed)
     grids = torch.where((override >= 0) & (override < SIZE_BASED), override, grids)
     return [torch.full((len(feature) * detections,), -1).scatter(0, slots, grids), *stage_lists(grids, slots)]
 
 
-def routed_grids(log_probabilities: Tensor, free: Tensor, budget: float, costs: Sequence[float]) -> Tensor:
-    """`[n] int64`: the argmax at the smallest lambda that keeps to the budget, `free [n] bool` the instances that it limits."""
+def routed_grids(log_probabilities: Tensor, free: Tensor, budget: float, total_budget: float, costs: Tensor) -> Tensor:
+    """`[n] int64`: the argmax at the smallest lambda that keeps to both budgets, `free [n] bool` the instances that they limit."""
+    own, fixed = costs
     pairs = [
-        (log_probabilities[:, dear] - log_probabilities[:, cheap]) / (costs[dear] - costs[cheap])
-        for cheap, dear in combinations(range(4), 2)
+        (log_probabilities[:, dear] - log_probabilities[:, cheap]) / (own[dear] - own[cheap]) for cheap, dear in combinations(range(4), 2)
     ]
     candidates = torch.cat([torch.zeros(1), torch.cat(pairs).clamp(min=0) * (1 + 1e-5) + 1e-6]).sort().values
     grids = torch.empty(0, dtype=torch.int64)
     for penalty in [*candidates, candidates.max() + 1]:
-        grids = torch.argmax(log_probabilities - penalty * torch.tensor(costs), dim=1)
-        spent = torch.tensor(costs)[grids[free]].double().sum() / max(int(free.sum()), 1)
-        if budget <= 0 or spent <= budget * (1 + 1e-6):
+        grids = torch.argmax(log_probabilities - penalty * own, dim=1)
+        limited = grids[free]
+        spent = own[limited].double().sum()
+        once = fixed[limited.max()] if len(limited) else 0.0
+        within_mean = budget <= 0 or spent / max(len(limited), 1) <= budget * (1 + 1e-6)
+        if within_mean and (total_budget <= 0 or spent + once <= total_budget * (1 + 1e-6)):
             break
     return grids
 
