@@ -24,7 +24,6 @@ PARITY_IMAGES = 2
 PICTURES = 4
 """Annotated images in the report."""
 
-CHECKPOINT = "lite0-shapes.safetensors"
 MARK = ".dynamask-demo"
 """A file of this name marks a folder as the demo's own: a later demo may replace its files."""
 PRODUCTS = ("shapes", "bundle", "video.mp4", "video.json", "annotated.mp4", "detections.jsonl", "validation.json", "report.html")
@@ -70,13 +69,14 @@ def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
     from export.export import export_bundle
     from export.onnxruntime_engine import build_onnxruntime
     from runtime.bundle import Bundle
+    from runtime.carried import carried_checkpoint
     from runtime.coco import read_coco
     from runtime.files import write_json
     from runtime.predictor import load
     from runtime.report import example_pictures, write_report
     from runtime.validate import POLICIES, validate
 
-    checkpoint = carried_checkpoint()
+    checkpoint = carried_checkpoint("lite0-shapes")
     clear(output)
     seconds: dict[str, float] = {}
     data, bundle, video = output / "shapes", output / "bundle", output / "video.mp4"
@@ -99,23 +99,6 @@ def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
             write_report(validation, output / "report.html", example_pictures(predictor, dataset, PICTURES))
     paths = {name: str(output / name) for name in PRODUCTS}
     return {"paths": paths, "seconds": seconds, "export": exported, "stream": streamed, "policies": validation["policies"]}
-
-
-def carried_checkpoint() -> Path:
-    """The checkpoint in the package: `lite0`, trained on shapes.
-
-    Raises:
-        DynaMaskError: it is not there.
-    """
-    import dynamask
-    from runtime.errors import DynaMaskError
-
-    path = Path(dynamask.__path__[0]) / "assets" / CHECKPOINT
-    if not path.is_file():
-        raise DynaMaskError(
-            f"{path} is missing, so there is no model to demonstrate: install the package again or train one (docs/training.md)."
-        )
-    return path
 
 
 def clear(output: Path) -> None:

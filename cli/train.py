@@ -16,7 +16,7 @@ def train(
     config: Annotated[
         str | None,
         typer.Option(
-            help="lite0-shapes; r50-coco, r101-coco, x101-coco, r18-coco, lite0-coco, lite1-coco, lite2-coco; or a YAML file."
+            help="lite0-shapes, lite0-ablations; r50-coco, r101-coco, x101-coco, r18-coco, lite0-coco, lite1-coco, lite2-coco; or a YAML file."
             " With --resume, by default that of the run."
         ),
     ] = None,

@@ -379,10 +379,10 @@ def _engine(bundle: str, target: str, precision: str, report: str) -> int:
 
 
 def _export(folder: str) -> int:
-    from cli.demo import carried_checkpoint
     from export.export import export_bundle
+    from runtime.carried import carried_checkpoint
 
-    export_bundle(carried_checkpoint(), folder)
+    export_bundle(carried_checkpoint("lite0-shapes"), folder)
     return 0
 
 

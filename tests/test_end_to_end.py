@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import dynamask
-from cli.demo import carried_checkpoint
 from cli.main import main
 from dynamask.data.shapes import draw_image, write_dataset, write_video
 from dynamask.train.checkpoint import load_model
@@ -22,6 +21,7 @@ from export.export import export_bundle
 from export.onnxruntime_engine import build_onnxruntime
 from export.parity import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE
 from runtime.bundle import MODEL, Bundle
+from runtime.carried import carried_checkpoint
 from runtime.coco import read_coco
 from runtime.errors import InputError
 from runtime.predictor import Predictor, load
@@ -50,7 +50,7 @@ def dataset(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path, dataset: Path) -> Path:
-    export_bundle(carried_checkpoint(), folder / "bundle", None, sorted((dataset / "images").iterdir())[:1])
+    export_bundle(carried_checkpoint("lite0-shapes"), folder / "bundle", None, sorted((dataset / "images").iterdir())[:1])
     build_onnxruntime(Bundle.open(folder / "bundle"))
     return folder / "bundle"
 
@@ -80,7 +80,7 @@ def test_the_graph_agrees_with_pytorch_on_real_images(bundle: Path, shared_data:
     from runtime.images import read_image
     from runtime.targets.registry import open_engine
 
-    model, config, _ = load_model(carried_checkpoint())
+    model, config, _ = load_model(carried_checkpoint("lite0-shapes"))
     paths = sorted((shared_data / "coco_mini" / "val").glob("*.jpg"))[:3]
     canvases = [letterbox_normalise(read_image(p), *config.model.canvas, config.model.mean, config.model.std)[0] for p in paths]
     torch.set_num_threads(1)
@@ -208,7 +208,7 @@ def test_predict_stream_and_load_agree_on_one_image(
 
 def test_the_model_agrees_with_its_bundle(bundle: Path, predictor: Predictor) -> None:
     """On images of two sizes, neither of them of the canvas's shape."""
-    model = load_model(carried_checkpoint())[0]
+    model = load_model(carried_checkpoint("lite0-shapes"))[0]
     images = [draw_image(np.random.default_rng([3, i]), *size)[0] for i, size in enumerate([(240, 416), (400, 300)])]
     found = model([torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in images])
     for image, ours in zip(images, found, strict=True):

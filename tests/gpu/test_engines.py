@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from cli.demo import carried_checkpoint
 from dynamask.data.shapes import draw_image
 from export.engine import build_engine
 from export.export import export_bundle
 from runtime.bundle import Bundle
+from runtime.carried import carried_checkpoint
 from runtime.errors import InputError
 from runtime.instances import ClassName
 from runtime.paste import Frame
@@ -82,7 +82,7 @@ def images() -> list[np.ndarray]:
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gpu") / "bundle"
-    export_bundle(carried_checkpoint(), path)
+    export_bundle(carried_checkpoint("lite0-shapes"), path)
     build_engine(path, "onnxruntime")
     return path
 
@@ -273,7 +273,7 @@ def test_a_budget_is_the_mean_over_the_images_of_a_run(several: Engine, images: 
 
 def test_another_canvas_agrees_with_a_bundle_of_that_canvas(several: Engine, tmp_path: Path, precision: str) -> None:
     height, width = 224, 320
-    export_bundle(carried_checkpoint(), tmp_path / "bundle", (height, width))
+    export_bundle(carried_checkpoint("lite0-shapes"), tmp_path / "bundle", (height, width))
     build_engine(tmp_path / "bundle", "onnxruntime")
     drawn = [draw_image(np.random.default_rng([77_200, index]), height, width)[0] for index in range(3)]
     canvases = [letterbox_normalise(image, height, width, (0.5,) * 3, (0.5,) * 3)[0] for image in drawn]
