@@ -122,6 +122,17 @@ def test_two_engines_are_compared_where_both_found_something() -> None:
     assert gpu_checks._compare(output([0], 0.5), output([0], 0.0)) == {"instances": 0, "expected_instances": 0, "same": 0}
 
 
+def test_an_engine_runs_on_a_drawn_and_a_blank_image(example_files: dict[str, Any]) -> None:
+    """ONNX Runtime's target in the place of TensorRT's: it agrees with itself."""
+    found = gpu_checks.check_engine(example_files["bundle"], "onnxruntime", "fp32", runs=2, build=False)
+    assert set(found) == {"drawn", "blank"}
+    for image in found.values():
+        assert image["instances"] == image["same"] == 4
+        assert (image["boxes_px"], image["scores"], image["probabilities"], image["same_grids"]) == (0, 0, 0, 1)
+        assert image["first_ms"] > 0
+    assert found["drawn"]["routed_ms"] > 0 and found["drawn"]["largest_ms"] > 0 and "routed_ms" not in found["blank"]
+
+
 def test_the_script_writes_its_results_on_this_machine(tmp_path: Path) -> None:
     """Whatever this machine has: its doctor runs, and a part that does not exist is refused."""
     environment = {**os.environ, "PYTHON": sys.executable, "WHEELS": str(tmp_path)}

@@ -34,7 +34,7 @@ from trt_plugins.registry import PREFIX
 from trt_plugins.tensorrt import TensorRT
 
 Array = npt.NDArray[Any]
-GUARD = 4096
+GUARD = 1 << 16
 """Bytes before and behind each block of memory that nothing may write."""
 GARBAGE = 0xA5
 """The content of memory that was not written yet."""
