@@ -16,8 +16,8 @@ def train(
     config: Annotated[
         str | None,
         typer.Option(
-            help="lite0-shapes, lite0-ablations; r50-coco, r101-coco, x101-coco, r18-coco, lite0-coco, lite1-coco, lite2-coco; or a YAML file."
-            " With --resume, by default that of the run."
+            help="lite0-shapes, lite0-ablations; r50-coco, r101-coco, x101-coco, r18-coco, lite0-coco, lite1-coco, lite2-coco; or a YAML"
+            " file. With --resume, by default that of the run."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
