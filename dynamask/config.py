@@ -140,6 +140,8 @@ class DataConfig(_Strict):
     """Mirror half of the training images, drawn at random."""
     copy_paste: float = Field(default=0.0, ge=0, le=1)
     """Probability that instances of another image are pasted on a training image."""
+    color_jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Brightness, contrast and saturation of each training image are multiplied by numbers drawn from 1 - this to 1 + this."""
     portrait_batches: bool = False
     """Train on images that would fit the transposed canvas better in batches of their own, on that canvas (kind `coco`)."""
     workers: Whole = 0

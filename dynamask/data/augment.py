@@ -74,6 +74,7 @@ class TrainingItems(Dataset[tuple[Tensor, dict[str, Any]]]):
             seed=config.train.seed,
             scale_jitter=data.scale_jitter,
             flip=data.flip,
+            color_jitter=data.color_jitter,
         )
         self.tolerated = int(TOLERATED_SHARE * len(self))
         self.turned: list[bool] = []

@@ -15,6 +15,10 @@ from runtime.preprocess import letterbox_scale, place_normalised, resize, scaled
 
 Array = npt.NDArray[Any]
 
+_GREY = np.array([0.2989, 0.587, 0.114], np.float32)
+"""Weights of red, green and blue in a pixel's grey (ITU-R BT.601)."""
+_COLOR = 3
+"""Keeps the random numbers of the colours apart from the others."""
 _SMALLEST_SIDE = 2.0
 """Instances narrower than this on the canvas, in pixels, are left out: they are too small to train on."""
 
@@ -77,6 +81,19 @@ def to_canvas(
     return torch.from_numpy(placed), placed_target
 
 
+def with_colors(image: Array, brightness: float, contrast: float, saturation: float) -> Array:
+    """The image `[h, w, 3] uint8` RGB with its brightness, contrast and saturation multiplied, in this order.
+
+    As torchvision's `adjust_brightness`, `adjust_contrast` and `adjust_saturation`: black, the mean of the grey image, and each pixel's
+    grey are the points that stay.
+    """
+    values = np.clip(image.astype(np.float32) * np.float32(brightness), 0, 255)
+    mean = np.float32((values @ _GREY).mean())
+    values = np.clip(mean + (values - mean) * np.float32(contrast), 0, 255)
+    grey = (values @ _GREY)[..., None]
+    return np.clip(grey + (values - grey) * np.float32(saturation), 0, 255).round().astype(np.uint8)
+
+
 def _window(size: tuple[int, ...], canvas: tuple[int, int], rng: np.random.Generator | None) -> tuple[slice, slice]:
     """The part of a scaled image of `size` that is placed: all of it, unless it exceeds the canvas."""
     starts = [0 if rng is None or edge <= limit else int(rng.integers(edge - limit + 1)) for edge, limit in zip(size, canvas, strict=True)]
@@ -103,6 +120,7 @@ class CanvasDataset:
         height, width, mean, std: as for `to_canvas`.
         seed: of the jitter and the flips.
         scale_jitter, flip: as for `to_canvas`.
+        color_jitter: as `data.color_jitter`.
 
     Attributes:
         indices: the data set's items with instances, in order.
@@ -118,10 +136,11 @@ class CanvasDataset:
         seed: int = 0,
         scale_jitter: tuple[float, float] = (1.0, 1.0),
         flip: bool = False,
+        color_jitter: float = 0.0,
     ) -> None:
         self.dataset, self.seed = dataset, seed
         self.height, self.width, self.mean, self.std = height, width, mean, std
-        self.scale_jitter, self.flip = scale_jitter, flip
+        self.scale_jitter, self.flip, self.color_jitter = scale_jitter, flip, color_jitter
         self.indices = list(dataset.indices_with_instances)
 
     def __len__(self) -> int:
@@ -136,6 +155,10 @@ class CanvasDataset:
         item = self.indices[index]
         image, target = self.dataset[item]
         rng = np.random.default_rng([self.seed, epoch, item])
+        if self.color_jitter:
+            # Random numbers of their own: an item has the same place with and without this.
+            factors = np.random.default_rng([self.seed, epoch, item, _COLOR]).uniform(1 - self.color_jitter, 1 + self.color_jitter, 3)
+            image = with_colors(image, *factors.tolist())
         return to_canvas(image, target, *self._canvas(turned), self.mean, self.std, rng, self.scale_jitter, self.flip)
 
     def blank(self, turned: bool = False) -> tuple[Tensor, dict[str, Any]]:

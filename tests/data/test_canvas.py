@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional
 
-from dynamask.data.canvas import CanvasDataset, collate, to_canvas
+from dynamask.data.canvas import CanvasDataset, collate, to_canvas, with_colors
 from dynamask.data.shapes import ShapesDataset
 from runtime.preprocess import letterbox_normalise
 
@@ -146,3 +147,24 @@ def test_a_turned_item_lies_on_the_transposed_canvas():
     assert blank.shape == (3, 96, 64)
     assert nothing["masks"].shape == (0, 96, 64)
     assert nothing["boxes"].shape == (0, 4)
+
+
+def test_colours_are_those_of_torchvision() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    for factors in ((0.7, 1.3, 0.6), (1.3, 0.7, 1.4), (1.0, 1.0, 1.0)):
+        expected = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        expected = functional.adjust_brightness(expected, factors[0])
+        expected = functional.adjust_contrast(expected, factors[1])
+        expected = functional.adjust_saturation(expected, factors[2])
+        found = with_colors(image, *factors).astype(float)
+        np.testing.assert_allclose(found, 255 * expected.permute(1, 2, 0).numpy(), atol=0.51)
+
+
+def test_colours_change_and_places_stay() -> None:
+    """The same seed with and without jitter: the same boxes, other pixels; each epoch has its own colours."""
+    data = ShapesDataset(2, 0, 96, 96)
+    plain, jittered = (CanvasDataset(data, 64, 64, (0.5,) * 3, (0.5,) * 3, 0, (0.5, 1.5), True, jitter) for jitter in (0.0, 0.4))
+    for epoch in range(3):
+        (one, target), (other, other_target) = plain.placed(0, epoch), jittered.placed(0, epoch)
+        assert torch.equal(target["boxes"], other_target["boxes"])
+        assert not torch.equal(one, other)
