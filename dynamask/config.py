@@ -172,6 +172,8 @@ class TrainConfig(_Strict):
     """Epochs of phase 2, after phase 1: all modules learn."""
     calibration_detections: Whole = 0
     """Number of training detections used to calibrate the MSM after training; 0 disables (`dynamask/train/calibration.py`)."""
+    calibration_costs: Path | None = None
+    """Bundle, or file of `dynamask calibrate --json`, whose milliseconds per instance are the costs in the calibration; null for GMAC."""
     learning_rate: Positive = 0.02
     """Learning rate at a batch of 16; scaled in proportion to the batch."""
     rate_drop_epochs: tuple[NotNegative, ...] = (8.0, 11.0)
@@ -324,7 +326,7 @@ NO_EFFECT_ON_WEIGHTS = frozenset(
     }
 )
 """Fields that do not change which weights a run comes to."""
-LATER_STEPS_ONLY = frozenset({"train.phase2_epochs", "train.rate_drop_epochs", "train.calibration_detections"})
+LATER_STEPS_ONLY = frozenset({"train.phase2_epochs", "train.rate_drop_epochs", "train.calibration_detections", "train.calibration_costs"})
 """Fields that change only what is still to be done."""
 MAY_CHANGE_ON_RESUME = NO_EFFECT_ON_WEIGHTS | LATER_STEPS_ONLY
 

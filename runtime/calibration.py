@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,3 +218,24 @@ def _whole(engine: Engine, canvases: Sequence[npt.NDArray[np.float32]]) -> Sampl
         return Timed((first, second, third, fourth), output.times_ms["detector"], output.times_ms["masks"])
 
     return sample
+
+
+def read_costs(path: Path) -> MeasuredCosts:
+    """The measured times in a bundle, or in a file that `dynamask calibrate --json` wrote.
+
+    Raises:
+        InputError: there is no such bundle or file, it has no measured times, or the bundle has those of several engines.
+    """
+    if path.is_file():
+        try:
+            fields = json.loads(path.read_bytes())
+            return MeasuredCosts.model_validate({name: fields[name] for name in MeasuredCosts.model_fields})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} holds no measured times; give a file that dynamask calibrate --json wrote.") from error
+    engines = Bundle.open(path).manifest.engines
+    found = {target: entry.costs for target, entry in engines.items() if entry.costs is not None}
+    if len(found) != 1:
+        several = f"the measured times of several engines ({', '.join(found)})" if found else "no measured times"
+        raise InputError(f"{path} has {several}; give the file that dynamask calibrate {path} --json FILE writes.")
+    (costs,) = found.values()
+    return costs

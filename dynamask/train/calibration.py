@@ -10,6 +10,7 @@ for its mean cost.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ LOGITS_PER_IOU = 10.0
 as likely."""
 EPOCHS, BATCH, RATE, DECAY = 12, 128, 2e-3, 1e-2
 """Of AdamW, which fits the MSM."""
+HELD_OUT = 10
+"""One in so many detections is held out of the fit."""
 _AUGMENTATION_EPOCH = 1_000_000
 """The epoch number that seeds the augmentation of the calibration images; no training epoch has it."""
 
@@ -50,6 +53,14 @@ class CalibrationSamples(NamedTuple):
     def informative(self) -> bool:
         """Whether the IoU of at least one detection depends on the grid."""
         return bool((self.ious != self.ious[:, :1]).any())
+
+    def split(self) -> tuple[CalibrationSamples, CalibrationSamples]:
+        """The detections to fit, and those held out: the last tenth, which are of other images but for one. A single one is both."""
+        held_out = max(1, len(self.ious) // HELD_OUT)
+        fitted = max(1, len(self.ious) - held_out)
+        return CalibrationSamples(self.regions[:fitted], self.ious[:fitted]), CalibrationSamples(
+            self.regions[-held_out:], self.ious[-held_out:]
+        )
 
 
 def collect_samples(
@@ -151,47 +162,53 @@ def iou_by_grid(
     return ious.clip(*IOU_RANGE)
 
 
-def calibrate(msm: MaskSwitch, samples: CalibrationSamples, costs: Tensor, target_gmacs: float, seed: int) -> dict[str, float]:
+def calibrate(msm: MaskSwitch, samples: CalibrationSamples, costs: Tensor, target: float, seed: int) -> dict[str, float]:
     """Regress the MSM's logits on the IoUs, then shift them by `-lambda c_k` so that their argmax keeps to a mean cost.
 
-    The regression starts from the weights that the MSM has. Its target is `LOGITS_PER_IOU` times the IoU; both sides are centred over the
+    The regression starts from the weights that the MSM has, and ends with those of the epoch after which it predicts the detections held
+    out best; these may be the weights that it started from. Its target is `LOGITS_PER_IOU` times the IoU; both sides are centred over the
     grids, because the softmax does not see a constant. Lambda is the smallest for which the mean of `c_k` at
-    `argmax_k (log p_k - lambda c_k)` over the samples is at most `target_gmacs`; `-lambda c_k` goes into the last layer's bias. C_t is
-    thus met without a budget at inference, and a lower budget continues from there.
+    `argmax_k (log p_k - lambda c_k)` over all samples is at most `target`; `-lambda c_k` goes into the last layer's bias. C_t is thus met
+    without a budget at inference, and a lower budget continues from there.
 
     Args:
         msm: changed in place.
-        costs: `[4] float32`, ascending, GMAC per instance.
-        target_gmacs: GMAC per instance.
+        costs: `[4] float32`, ascending, of an instance at each grid: GMAC or milliseconds.
+        target: the mean cost of an instance, in the same unit.
         seed: of the order of the samples.
 
     Returns:
-        `variance_explained`: the share of the IoUs' variance between grids that the MSM predicts on the samples. `mean_gmacs` per instance
-        on the samples. `lambda`.
+        `variance_explained`: the share of the IoUs' variance between grids that the MSM predicts on the detections that it was fitted to;
+        `variance_explained_held_out`: the same on the `held_out` others, negative if the mean would predict them better; `epoch`, whose
+        weights it has (0 are those that it started from); `mean_cost` of an instance, on all samples; `lambda`.
     """
-    _regress(msm, samples, costs.device, seed)
+    fitted, held_out = samples.split()
+    epoch = _regress(msm, fitted, held_out, costs.device, seed)
     with torch.inference_mode():
-        logits = torch.cat([msm(part.float().to(costs.device)) for part in samples.regions.split(8 * BATCH)])
-        wanted = _centred(LOGITS_PER_IOU * samples.ious)
-        residual = (_centred(logits).cpu() - wanted).square().sum()
-        lambda_ = smallest_lambda(torch.log_softmax(logits, dim=-1), costs, target_gmacs)
-        explained = 1 - float(residual / wanted.square().sum())
+        logits = _logits(msm, samples, costs.device)
+        lambda_ = smallest_lambda(torch.log_softmax(logits, dim=-1), costs, target)
+    explained = {
+        "variance_explained": _explained(msm, fitted, costs.device),
+        "variance_explained_held_out": _explained(msm, held_out, costs.device),
+        "held_out": len(held_out.ious),
+    }
     with torch.no_grad():
         msm.fc2.bias.sub_(lambda_ * costs)
-    mean_gmacs = float(costs[(logits - lambda_ * costs).argmax(dim=-1)].mean())
-    return {"variance_explained": explained, "mean_gmacs": mean_gmacs, "lambda": lambda_}
+    mean_cost = float(costs[(logits - lambda_ * costs).argmax(dim=-1)].mean())
+    return {**explained, "epoch": epoch, "mean_cost": mean_cost, "lambda": lambda_}
 
 
-def _regress(msm: MaskSwitch, samples: CalibrationSamples, device: torch.device, seed: int) -> None:
-    """Least squares on the centred logits, with AdamW."""
-    regions, wanted = samples.regions, _centred(LOGITS_PER_IOU * samples.ious)
+def _regress(msm: MaskSwitch, fitted: CalibrationSamples, held_out: CalibrationSamples, device: torch.device, seed: int) -> int:
+    """Least squares on the centred logits, with AdamW; returns the epoch after which `held_out` was predicted best, whose weights stay."""
+    regions, wanted = fitted.regions, _centred(LOGITS_PER_IOU * fitted.ious)
     optimizer = torch.optim.AdamW(msm.parameters(), weight_decay=DECAY)
     steps = EPOCHS * max(1, len(regions) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 2))
     # "fit switch" is part of the seed of every run so far: another word would give another order.
     generator = torch.Generator().manual_seed(mixed_seed(seed, "fit switch"))
-    with torch.enable_grad():
-        for _ in range(EPOCHS):
+    best, best_epoch, best_weights = _residual(msm, held_out, device), 0, copy.deepcopy(msm.state_dict())
+    for epoch in range(1, EPOCHS + 1):
+        with torch.enable_grad():
             for rows in _batches(len(regions), generator):
                 predicted = _centred(msm(regions[rows].float().to(device)))
                 loss = F.mse_loss(predicted, wanted[rows].to(device))
@@ -199,7 +216,27 @@ def _regress(msm: MaskSwitch, samples: CalibrationSamples, device: torch.device,
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+        if (residual := _residual(msm, held_out, device)) < best:
+            best, best_epoch, best_weights = residual, epoch, copy.deepcopy(msm.state_dict())
     optimizer.zero_grad(set_to_none=True)
+    msm.load_state_dict(best_weights)
+    return best_epoch
+
+
+def _logits(msm: MaskSwitch, samples: CalibrationSamples, device: torch.device) -> Tensor:
+    return torch.cat([msm(part.float().to(device)) for part in samples.regions.split(8 * BATCH)])
+
+
+@torch.inference_mode()
+def _residual(msm: MaskSwitch, samples: CalibrationSamples, device: torch.device) -> float:
+    """The sum of squared differences between the centred logits and their targets."""
+    return float((_centred(_logits(msm, samples, device)).cpu() - _centred(LOGITS_PER_IOU * samples.ious)).square().sum())
+
+
+def _explained(msm: MaskSwitch, samples: CalibrationSamples, device: torch.device) -> float:
+    """The share of the variance of IoU between grids that the MSM predicts; 0 where the IoUs do not differ between grids."""
+    variance = float(_centred(LOGITS_PER_IOU * samples.ious).square().sum())
+    return 1 - _residual(msm, samples, device) / variance if variance else 0.0
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -212,19 +249,19 @@ def _batches(count: int, generator: torch.Generator) -> Sequence[Tensor]:
     return order.split(BATCH)[: max(1, count // BATCH)]
 
 
-def smallest_lambda(log_probabilities: Tensor, costs: Tensor, target_gmacs: float) -> float:
-    """The smallest lambda for which the mean cost of `argmax_k (log p_k - lambda c_k)` is at most `target_gmacs`, by bisection.
+def smallest_lambda(log_probabilities: Tensor, costs: Tensor, target: float) -> float:
+    """The smallest lambda for which the mean cost of `argmax_k (log p_k - lambda c_k)` is at most `target`, by bisection.
 
     Exact to a millionth of the largest lambda that makes a difference. Below the smallest grid's cost, that largest lambda.
 
     Args:
         log_probabilities: `[N, 4] float32`.
-        costs: `[4] float32`, ascending, GMAC per instance.
-        target_gmacs: GMAC per instance.
+        costs: `[4] float32`, ascending.
+        target: in the unit of the costs.
     """
 
     def within_target(lambda_: float) -> bool:
-        return float(costs[(log_probabilities - lambda_ * costs).argmax(dim=-1)].mean()) <= target_gmacs
+        return float(costs[(log_probabilities - lambda_ * costs).argmax(dim=-1)].mean()) <= target
 
     if within_target(0.0):
         return 0.0

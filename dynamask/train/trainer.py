@@ -48,7 +48,7 @@ def train(config: Config, output: Path, resume: bool = False, quiet: bool = Fals
 
     Returns:
         The contents of `metrics.json`: `steps`, `total_steps`, `interrupted`, `losses` (means by epoch), `ap_by_epoch`, `uniform` (by
-        grid), `calibration` (of the MSM, in GMAC per instance, or None), `skipped` (images), `data` (by part, the
+        grid), `calibration` (of the MSM, in GMAC or ms per instance, or None), `skipped` (images), `data` (by part, the
         images and annotations used and left out), `checkpoint`, `best`, `seconds`. Empty in all processes but the first.
 
     Raises:

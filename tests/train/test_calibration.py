@@ -13,6 +13,7 @@ from dynamask.data.augment import TrainingItems
 from dynamask.data.shapes import ShapesDataset
 from dynamask.model import DynaMask, build_model
 from dynamask.msm import Budget, MaskSwitch, route
+from dynamask.train import calibration
 from dynamask.train.calibration import (
     IOU_RANGE,
     LOGITS_PER_IOU,
@@ -95,10 +96,43 @@ def test_the_mean_cost_is_the_target_without_a_budget_and_the_budget_with_one(fi
     for budget, expected in ((0.0, 0.55), (0.3, 0.3)):
         grids = route(log_probabilities, Budget.of_mean(torch.tensor(budget), COSTS), torch.ones(1000), none)
         assert float(COSTS[grids].mean()) == pytest.approx(expected, abs=0.01) and float(COSTS[grids].mean()) <= expected + 1e-6
-    assert figures["mean_gmacs"] <= 0.55 and figures["lambda"] > 0
+    assert figures["mean_cost"] <= 0.55 and figures["lambda"] > 0
     # The instances that gain more get the larger grids.
     level = seen.ious[:, 3] - seen.ious[:, 0]
     assert float(level[grids >= 2].mean()) > float(level[grids == 0].mean()) + 0.1
+
+
+def test_a_tenth_is_held_out_and_what_is_explained_there_is_told() -> None:
+    """IoUs that have nothing to do with the regions can be learnt by heart, and are not predicted on others."""
+    torch.manual_seed(0)
+    noise = CalibrationSamples(torch.randn(300, 8, 14, 14).half(), 0.5 + 0.4 * torch.rand(300, 4))
+    fitted, held_out = noise.split()
+    assert len(fitted.ious) == 270 and torch.equal(torch.cat([fitted.ious, held_out.ious]), noise.ious)
+    msm = MaskSwitch(8)
+    figures = calibrate(msm, noise, COSTS, 0.55, seed=0)
+    assert figures["held_out"] == 30 and figures["variance_explained_held_out"] < min(0.3, figures["variance_explained"])
+    with torch.no_grad():
+        logits = msm(held_out.regions.float()) + figures["lambda"] * COSTS
+    wanted = LOGITS_PER_IOU * held_out.ious
+    residual, total = (float((x - x.mean(dim=1, keepdim=True)).square().sum()) for x in (logits - wanted, wanted))
+    assert figures["variance_explained_held_out"] == pytest.approx(1 - residual / total, abs=1e-4)
+
+
+def test_weights_that_no_epoch_improves_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    msm = MaskSwitch(8)
+    seen = samples(200, 0)
+    first = calibrate(msm, seen, COSTS, 10.0, seed=0)
+    before = {name: value.clone() for name, value in msm.state_dict().items()}
+    monkeypatch.setattr(calibration, "RATE", 10.0)
+    again = calibrate(msm, seen, COSTS, 10.0, seed=0)
+    assert first["epoch"] > 0 and again["epoch"] == 0 and first["lambda"] == again["lambda"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in msm.state_dict().items())
+
+
+def test_one_detection_is_fitted_and_held_out() -> None:
+    single = CalibrationSamples(torch.zeros(1, 8, 14, 14).half(), torch.tensor([[0.5, 0.6, 0.7, 0.8]]))
+    assert [len(part.ious) for part in single.split()] == [1, 1]
 
 
 @settings(max_examples=20, deadline=None)

@@ -17,6 +17,7 @@ from dynamask.train import learner, trainer, validator
 from dynamask.train.checkpoint import load_checkpoint, load_model, load_state
 from dynamask.train.log import RunLog
 from runtime.errors import DynaMaskError, InputError
+from tests.runtime.known_costs import costs
 from tests.train.runs import StandIn, lines, losses, stop_after, tiny
 
 
@@ -161,6 +162,25 @@ def test_the_msm_is_calibrated_once_after_the_last_step(tmp_path: Path, fixed_fi
     assert trainer.train(config, tmp_path, resume=True, quiet=True)["calibration"] == figures
     again = load_checkpoint(tmp_path / "model.safetensors").tensors
     assert all(torch.equal(again[name], calibrated[name]) for name in calibrated)
+
+
+def test_a_finished_run_is_calibrated_again_without_steps(tmp_path: Path, fixed_figures: None, informative: None) -> None:
+    """With another number of detections, and with measured milliseconds as costs."""
+    config = tiny(train__calibration_detections=8, model__score_threshold=0.0)
+    first = trainer.train(config, tmp_path, quiet=True)
+    times = tmp_path / "times.json"
+    times.write_text(json.dumps({"bundle": "b", "target": "onnxruntime", **costs().model_dump(mode="json")}))
+    for changes, unit in (({"train__calibration_detections": 12}, "gmacs"), ({"train__calibration_costs": times}, "ms")):
+        config = tiny(**{"train__calibration_detections": 12, "model__score_threshold": 0.0} | changes)
+        result = trainer.train(config, tmp_path, resume=True, quiet=True)
+        figures = result["calibration"]
+        assert result["steps"] == first["steps"] and figures["detections"] == 12
+        assert figures["costs"] == (str(times) if unit == "ms" else None) and figures[f"mean_{unit}"] <= figures[f"target_{unit}"]
+    assert figures["target_ms"] == pytest.approx(config.train.target_paper_gmacs / 1.4 * 4) and "mean_gmacs" not in figures
+    times.write_text("{}")
+    with pytest.raises(InputError, match="holds no measured times"):
+        trainer.train(tiny(train__calibration_detections=9, train__calibration_costs=times), tmp_path / "new", quiet=True)
+    assert not (tmp_path / "new" / "model.safetensors").exists()
 
 
 def test_the_best_checkpoint_is_the_best_of_the_calibrated_models(
