@@ -22,8 +22,9 @@ def ablate(
     Example: dynamask ablate configs/ablations/table-1-shapes.yaml --output runs/table-1
     """
     from dynamask.ablation import markdown, run_plan
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
 
+    check_apart([json], [plan])
     try:
         table = run_plan(plan, output)
     except KeyboardInterrupt:

@@ -52,9 +52,10 @@ def routing(
     Example: dynamask bench routing lite0.bundle --instances 100 --distribution 35,34,21,10
     """
     from runtime.bench import bench_routing
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
     from runtime.predictor import load
 
+    check_apart([json], bundle=bundle)
     parts = parse_distribution(distribution)
     with load(bundle, target, threads=threads) as predictor:
         eager = None if checkpoint is None else _eager(checkpoint, predictor.bundle.manifest, threads)
@@ -82,9 +83,10 @@ def latency(
     Example: dynamask bench latency lite0.bundle --against torchvision-maskrcnn
     """
     from runtime.bench import bench_latency
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
     from runtime.predictor import load
 
+    check_apart([json], bundle=bundle)
     with load(bundle, target, threads=threads) as predictor:
         manifest = predictor.bundle.manifest
         peer = _maskrcnn(manifest, peer_size, threads)

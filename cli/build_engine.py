@@ -69,8 +69,9 @@ def build_engine(
     from cli.data import parse_size
     from export import engine
     from runtime.bundle import Bundle
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
 
+    check_apart([json], bundle=bundle)
     capabilities = [part.strip() for given in compute_capability or () for part in given.split(",") if part.strip()]
     batches = _parse_profile("--batch", batch, _count, "4 or 1:4:8")
     canvases = None if size is None else _parse_profile("--size", size, parse_size, "384x384 or 224x384:224x384:384x384")

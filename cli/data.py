@@ -125,8 +125,8 @@ def convert(
     from runtime.files import check_apart, check_file, write_json
 
     check_file(output)
-    check_apart([output, *([] if json is None else [json])], [] if labels is None else [labels])
     found = read_labels(photos, labels, kind)
+    check_apart([output, json], [*found.files, *(photos / image["file_name"] for image in found.images)])
     found.write(output)
     for line in found.summary():
         typer.echo(line, err=True)

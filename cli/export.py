@@ -36,13 +36,14 @@ def export(
     """
     from cli.data import parse_size
     from runtime.bundle import check_replaceable
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
     from runtime.images import read_image
 
     canvas = None if size is None else parse_size(size)
     chosen = None if images is None else find_images(images)
     # The destination and the images are checked first: an export takes a while.
     check_replaceable(bundle)
+    check_apart([json], [Path(checkpoint)], bundle)
     for image in chosen or ():
         read_image(image)
 

@@ -58,7 +58,7 @@ def predict(
 
     files = _image_files(images)[:limit]
     pictures = [] if output is None else [_picture(output, path, number, files) for number, path in enumerate(files)]
-    check_apart([*pictures, *(path for path in (json, coco) if path is not None)], files)
+    check_apart([*pictures, json, coco], files, bundle)
     if output is not None:
         check_folder(output)
     opened = Bundle.open(bundle)

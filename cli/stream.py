@@ -59,7 +59,7 @@ def stream(
     from runtime.policies import parse_policy
     from runtime.predictor import load
 
-    plans = plan_outputs(sources, output, jsonl, frames_dir, json)
+    plans = plan_outputs(sources, output, jsonl, frames_dir, json, bundle)
     opened = Bundle.open(bundle)
     policy = parse_policy(grid, opened.manifest.grid_gmacs)
     with load(opened, target, threads=threads) as predictor:
@@ -77,12 +77,18 @@ def stream(
 
 
 def plan_outputs(
-    sources: list[Path], output: Path | None, jsonl: Path | None, frames_dir: Path | None, json: Path | None = None
+    sources: list[Path],
+    output: Path | None,
+    jsonl: Path | None,
+    frames_dir: Path | None,
+    json: Path | None = None,
+    bundle: Path | None = None,
 ) -> list[dict[str, Path]]:
     """The outputs of each source: `video`, `jsonl`, `frames` -> path.
 
     Raises:
-        InputError: a source does not exist or is an output as well, two outputs are one file, or one file is given for several sources.
+        InputError: a source does not exist or is an output as well, two outputs are one file, an output lies in the bundle, or one file is
+            given for several sources.
     """
     from runtime.files import check_apart, check_file, check_folder
     from runtime.sources import check_source
@@ -95,7 +101,7 @@ def plan_outputs(
         plans.append(plan or {"video": Path(f"{name}-dynamask.mp4")})
         for kind, path in plans[-1].items():
             check_folder(path) if kind == "frames" else check_file(path)
-    check_apart([*(path for plan in plans for path in plan.values()), *([] if json is None else [json])], sources)
+    check_apart([*(path for plan in plans for path in plan.values()), json], sources, bundle)
     return plans
 
 
@@ -106,12 +112,16 @@ def _place(kind: str, path: Path, name: str, sources: int) -> Path:
 
     if is_special(path):
         return path
+    try:
+        is_folder = path.is_dir()
+    except OSError:  # Too long a name: `check_file` says so.
+        is_folder = False
     suffix = {"video": ".mp4", "jsonl": ".jsonl", "frames": ""}[kind]
     if sources > 1:
-        if suffix and path.suffix.lower() == suffix and not path.is_dir():
+        if suffix and path.suffix.lower() == suffix and not is_folder:
             raise InputError(f"{path} is one file, and there are {sources} sources; give a folder.")
         return path / f"{name}{suffix}"
-    return path / f"{name}{suffix}" if kind == "video" and (path.is_dir() or not path.suffix) else path
+    return path / f"{name}{suffix}" if kind == "video" and (is_folder or not path.suffix) else path
 
 
 def _unique_names(sources: list[Path]) -> list[str]:

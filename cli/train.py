@@ -41,7 +41,7 @@ def train(
     from dynamask.config import CONFIGS, load_config, load_run_config
     from dynamask.train.trainer import train as run_training
     from runtime.errors import INTERRUPTED, InputError
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
 
     if config is None and not resume:
         raise InputError(f"--config is missing: give one of {', '.join(CONFIGS)}, or a YAML file.")
@@ -50,6 +50,8 @@ def train(
         overrides["weights"] = weights
     notify = functools.partial(typer.echo, err=True)
     loaded = load_run_config(output, overrides, notify) if config is None else load_config(config, overrides, notify)
+    read = (config, loaded.weights, loaded.data.train_annotations, loaded.data.val_annotations)
+    check_apart([json], [Path(path) for path in read if path is not None])
     result = run_training(loaded, output, resume)
     if not result:  # one of several processes, but not the one that reports
         return

@@ -60,10 +60,9 @@ def validate(
     from runtime.validate import POLICIES
     from runtime.validate import validate as run_validation
 
-    outputs = [path for path in (json, report) if path is not None]
-    check_apart(outputs, [data])
+    check_apart([json, report], [data], bundle)
     dataset = read_coco(data, images)
-    check_apart(outputs, dataset.files_named({path.name for path in outputs}))
+    check_apart([json, report], dataset.files_named({path.name for path in (json, report) if path is not None}))
     for line in dataset.summary():
         typer.echo(line, err=True)
     policies = POLICIES if grid is None else [name.strip() for name in grid.split(",") if name.strip()]

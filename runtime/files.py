@@ -20,6 +20,7 @@ from runtime.environment import prepare
 from runtime.errors import DynaMaskError, InputError, shortened
 
 _BAD_PLACE = {
+    errno.EBADF: "no such descriptor is open for writing",
     errno.EACCES: "no permission",
     errno.EEXIST: "a part of its path is a file",
     errno.EISDIR: "it is a folder",
@@ -195,7 +196,9 @@ def unwritable(path: Path, error: OSError) -> DynaMaskError:
     """The error for a file that could not be written: an `InputError` where another path would do, not for a full disk."""
     number = error.errno or 0
     if number in _BAD_PLACE:
-        return InputError(f"{path} could not be written ({_BAD_PLACE[number]}): nothing was replaced; choose another place.")
+        # /proc has folders that take no new file.
+        cause = "its folder takes no new file" if number == errno.ENOENT and path.parent.is_dir() else _BAD_PLACE[number]
+        return InputError(f"{path} could not be written ({cause}): nothing was replaced; choose another place.")
     cause, way_out = failure(error)
     return DynaMaskError(f"{path} could not be written ({cause}): nothing was replaced; {way_out}.")
 
@@ -226,9 +229,12 @@ def input_path(path: str | os.PathLike[str]) -> Path:
 
 def is_special(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a device, FIFO or socket, or names an open descriptor of this process: written into, never replaced."""
-    status = _status(Path(path))
-    if _descriptor(Path(path)) is not None:
-        return True
+    try:
+        status = _status(Path(path))
+        if _descriptor(Path(path)) is not None:
+            return True
+    except OSError:  # Too long a name, links in a circle: nothing is there.
+        return False
     return status is not None and not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
 
 
@@ -251,10 +257,13 @@ def check_file(path: Path) -> None:
     """Refuse a file that cannot be written, before any work is done; nothing is created.
 
     Raises:
-        InputError: it is a folder, its folder cannot be made or written, its name is too long, or it may not be overwritten.
+        InputError: it is a folder, its folder cannot be made or written, its name is too long, it may not be overwritten, or it names a
+            descriptor that is not open.
     """
     try:
         if is_special(path):
+            if (number := _descriptor(path)) is not None:
+                os.fstat(number)
             return
         status = _status(path)
     except OSError as error:
@@ -267,18 +276,22 @@ def check_file(path: Path) -> None:
         raise unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
-def check_apart(written: Iterable[Path], read: Iterable[Path] = ()) -> None:
-    """Refuse an output that is also an input, and two outputs at one place; several may share a device, pipe or descriptor.
+def check_apart(written: Iterable[Path | None], read: Iterable[Path | None] = (), bundle: Path | None = None) -> None:
+    """Refuse an output that is also an input or lies in the bundle, and two outputs at one place. Paths that are None are left out.
+
+    Several outputs may share a device, pipe or descriptor.
 
     Raises:
         InputError: names the path.
     """
-    sources, places = {os.path.realpath(path) for path in read}, set()
-    for path in written:
+    inside = None if bundle is None or not bundle.is_dir() else os.path.realpath(bundle) + os.sep
+    sources, places = {os.path.realpath(path) for path in read if path is not None}, set()
+    for path in filter(None, written):
         place = os.path.realpath(path)
-        with contextlib.suppress(OSError):
-            if is_special(path):
-                continue
+        if is_special(path):
+            continue
+        if inside is not None and place.startswith(inside):
+            raise InputError(f"{path} is in the bundle {bundle}, whose files must stay as they are; give another place to write to.")
         if place in sources:
             raise InputError(f"{path} is both read and written; give another place to write to.")
         if place in places:

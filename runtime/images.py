@@ -329,26 +329,35 @@ def _other_kind(path: Path) -> str:
         head = file.read(1024)
     if re.match(rb".{4}ftypavi[fs]", head, re.DOTALL) and "AVIF" not in Image.OPEN:
         return "is an AVIF image, which this Pillow cannot read; install a newer Pillow or convert the image to PNG"
-    for pattern, sentence in _OTHER_KINDS:
+    for pattern, sentence in (*_FOREIGN_KINDS, *_OTHER_IMAGES):
         if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
             return sentence
     return "is not an image in a format that is known here; give a JPEG, PNG, WebP, TIFF or BMP"
 
 
+def foreign_kind(head: bytes) -> str | None:
+    """For the beginning of a file that is neither image nor video: what it is instead and what to do, as the rest of a sentence."""
+    return next((sentence for pattern, sentence in _FOREIGN_KINDS if re.match(pattern, head, re.DOTALL | re.IGNORECASE)), None)
+
+
 _DAMAGED = "begins as {} does, and is damaged, truncated or of a rare kind; copy it again, or save it as JPEG or PNG"
-_OTHER_KINDS = [
+_FOREIGN_KINDS = [
     (rb"$", "is empty; copy or download it again"),
+    (rb".{128}DICM", "is a medical image (DICOM); convert it to PNG"),
     (rb"\0{64}", "begins with zeros only, as after an interrupted copy; copy or download it again"),
     (rb"\s*(<\?xml.*)?<svg\b", "is a drawing (SVG); export it to PNG"),
-    (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html|<head|<\?xml.*<html)", "is a web page under an image's name; download the image itself"),
-    (rb"version https://git-lfs", "is a Git LFS pointer, not the image; run git lfs pull"),
+    (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html|<head|<\?xml.*<html)", "is a web page under another name; download the file itself"),
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself; run git lfs pull"),
+    (rb"%PDF|%!PS|8BPS", "is a document of pages or layers (PDF, PostScript or PSD); export it to PNG"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "is an archive; unpack it"),
+]
+"""Beginning of a file that is neither image nor video -> the sentence's end."""
+_OTHER_IMAGES = [
     (rb".{4}ftyp(hei|hev|mif1|msf1)", "is a HEIC image, which cannot be read here; convert it to JPEG"),
     (rb".{4}ftypcrx|FUJIFILMCCD-RAW|IIR[OS]|IIU\0", "is a camera's raw file; develop it to JPEG or TIFF first"),
     (rb"(\xff\x0a|\0\0\0\x0cJXL )", "is a JPEG XL image, which cannot be read here; convert it to JPEG or PNG"),
     (rb".{4}ftypavi[fs]", _DAMAGED.format("an AVIF")),
     (rb".{4}(ftyp|moov|mdat)|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV|\0\0\x01[\xb3\xba]", "is a video; run dynamask stream on it"),
-    (rb"%PDF|%!PS|8BPS", "is a document of pages or layers (PDF, PostScript or PSD); export it to PNG"),
-    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "is an archive; unpack it"),
     (rb"\x89PNG", _DAMAGED.format("a PNG")),
     (rb"\xff\xd8\xff", _DAMAGED.format("a JPEG")),
     (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", _DAMAGED.format("a TIFF")),
@@ -356,4 +365,4 @@ _OTHER_KINDS = [
     (rb"RIFF.{4}WEBP", _DAMAGED.format("a WebP")),
     (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", _DAMAGED.format("a JPEG 2000")),
 ]
-"""Beginning of a file -> the sentence's end."""
+"""Beginning of an image that cannot be read, or of a video -> the sentence's end."""

@@ -28,8 +28,13 @@ _PIXEL_ASPECTS = (Fraction(1, 8), Fraction(8))
 """The narrowest and the widest pixel that is believed."""
 _JUMP_S, _LONGEST_JUMP_S = 10, 108_000
 """Jumps forward that are bridged, as in ffmpeg: in formats whose clocks begin again (MPEG-TS), and in all others (30 hours)."""
+_SMALLEST_STEP_S = 2e-6
+"""Frames closer than this have the same time, but for rounding: JSON lines give six digits."""
 _NO_TIMESTAMPS, _TS_DISCONT = 0x80, 0x200
 """Flags of FFmpeg's formats: `AVFMT_NOTIMESTAMPS`, `AVFMT_TS_DISCONT` (libavformat/avformat.h)."""
+_MP4 = rb".{4}(ftyp|mdat|wide|free|skip)"
+"""The beginning of files in the family of MP4."""
+_NO_INDEX = "cannot be opened as a video: it is truncated, its index (moov) is missing or damaged; copy or record it again."
 _FAULTS_IN_A_ROW = 16
 """After this number of read errors without a packet between them, the rest of a file is not read."""
 
@@ -151,9 +156,9 @@ class Clock:
             self._offset = expected - stamp
         time_s = expected if stamp is None or self._offset is None else stamp + self._offset
         advance = float("inf") if self._last is None else time_s - self._last
-        fault = stamp is None or (self._last is not None and not 0 < advance <= self._longest)
+        fault = stamp is None or (self._last is not None and not _SMALLEST_STEP_S <= advance <= self._longest)
         if fault:
-            if stamp is not None and not -3 * self._step <= advance <= 0:
+            if stamp is not None and not -3 * self._step <= advance < _SMALLEST_STEP_S:
                 self._offset = expected - stamp
             time_s = expected
         self.bridged += fault and not self._bridging
@@ -189,10 +194,30 @@ def _unopened(path: Path, error: Exception) -> str:
         head = file.read(512)
     if re.match(rb"(\xef\xbb\xbf)?\s*(#EXTM3U|ffconcat|\[playlist\]|<\?xml.*<MPD|<MPD)", head, re.DOTALL):
         return f"{path} is a playlist, which names other files; give the video itself."
-    if re.match(rb".{4}(ftyp|mdat|wide|free|skip)", head, re.DOTALL):
-        return f"{path} cannot be opened as a video: it is truncated, its index (moov) is missing or damaged; copy or record it again."
+    if re.match(_MP4, head, re.DOTALL):
+        return f"{path} {_NO_INDEX}"
+    from runtime.images import foreign_kind
+
+    if (kind := foreign_kind(head)) is not None:
+        return f"{path} {kind}."
     reason = getattr(error, "strerror", None) or error
     return f"{path} cannot be opened as a video ({reason}); it is truncated or no video: give a video file."
+
+
+def _is_cut_mp4(path: Path) -> bool:
+    """Whether a box at the top level of an MP4 file ends behind the file's end."""
+    place, end = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while place + 8 <= end:
+            file.seek(place)
+            size = int.from_bytes(file.read(4), "big")
+            if size == 1:  # 64 bits, after the box's type.
+                file.seek(place + 8)
+                size = int.from_bytes(file.read(8), "big")
+            if size < 8:
+                return False
+            place += size
+    return place > end
 
 
 def video_stream(path: Path | str, container: av.container.InputContainer) -> av.VideoStream:
@@ -208,6 +233,9 @@ def video_stream(path: Path | str, container: av.container.InputContainer) -> av
     # FFmpeg "plays" any text file as a terminal recording.
     if not len(container.streams):
         raise InputError(f"{path} holds no stream that can be read: it is truncated or damaged; copy or record it again.")
+    unknown = not any(stream.codec_context for stream in container.streams)
+    if unknown and "mp4" in container.format.name and Path(path).is_file() and _is_cut_mp4(Path(path)):
+        raise InputError(f"{path} {_NO_INDEX}")
     if not streams or container.format.name == "tty":
         kind = "no video, only sound" if container.streams.audio else "no video"
         raise InputError(f"{path} holds {kind}; give a video file or a folder of images.")

@@ -82,3 +82,10 @@ def test_a_source_is_never_written_over(tmp_path: Path, fake_bundle: None, capsy
         assert main(["stream", "bundle", str(source), option, str(source)]) == 2
         assert "both read and written" in capsys.readouterr().err
         assert source.read_bytes() == before
+
+
+def test_a_name_that_is_too_long_is_bad_input(tmp_path: Path, fake_bundle: None, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_video(tmp_path / "in.mp4", frames=3)
+    for option in ("--output", "--jsonl", "--json", "--frames-dir"):
+        assert main(["stream", "bundle", str(source), option, str(tmp_path / ("n" * 300 + ".mp4"))]) == 2
+        assert "its name is too long" in capsys.readouterr().err

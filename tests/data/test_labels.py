@@ -243,6 +243,15 @@ def test_a_format_that_the_labels_do_not_have_is_refused(tmp_path: Path) -> None
         read_labels(tmp_path, kind="pascal")
 
 
+def test_neither_labels_nor_photos_are_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelme(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in before:
+        assert cli.main.main(["data", "convert", str(tmp_path), str(path)]) == 2
+        assert "is both read and written" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
     (tmp_path / "export.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match="unpack it"):

@@ -187,6 +187,7 @@ def test_a_png_with_much_text_is_sound(tmp_path, rgb, kind, place):
     [
         ("a.jpg", b"", "is empty"),
         ("a.jpg", bytes(500), "zeros only"),
+        ("a.dcm", bytes(128) + b"DICM" + bytes(99), "is a medical image"),
         ("a.jpg", b"\n<!DOCTYPE html><html>404", "is a web page"),
         ("a.svg", b"<?xml version='1.0'?>\n<svg>", "is a drawing"),
         ("a.jpg", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

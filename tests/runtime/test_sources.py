@@ -272,12 +272,19 @@ def test_jumps_forward_are_bridged_where_clocks_begin_again(tmp_path: Path, name
         ([0, 0.1, 1e9, 1e9 + 0.1], [0, 0.1, 0.2, 0.3], 1),
         ([0, 0.1, -(2**33) / 90_000, 0.2 - (2**33) / 90_000], [0, 0.1, 0.2, 0.4], 1),
         ([0, 3600, 3600.1], [0, 3600, 3600.1], 0),
+        ([0, 0.1, 0.30000000000000004, 0.2, 0.3, 0.4], [0, 0.1, 0.3, 0.4, 0.5, 0.6], 1),
     ],
 )
 def test_times_rise_whatever_the_time_stamps(stamps: list[float | None], expected: list[float], bridged: int) -> None:
     clock = Clock(Fraction(10), begins_again=False)
     np.testing.assert_allclose([clock.time_s(stamp) for stamp in stamps], expected, atol=1e-6)
     assert clock.bridged == bridged
+
+
+def test_times_that_differ_by_rounding_alone_are_equal() -> None:
+    clock = Clock(Fraction(25), begins_again=False)
+    times = [clock.time_s(stamp) for stamp in (0.04, 0.08, 0.12, 0.2, 0.16, 0.24, 0.32, 0.28, 0.36, 0.4)]
+    assert all(round(later, 6) > round(earlier, 6) for earlier, later in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (17, 33), (1, 200)])
@@ -382,6 +389,29 @@ def test_a_video_whose_index_at_the_end_is_cut_off_says_so(tmp_path: Path) -> No
     (tmp_path / "cut.mp4").write_bytes(data[: data.index(b"moov") - 8])
     with pytest.raises(InputError, match=r"cut\.mp4 cannot be opened as a video: it is truncated, its index \(moov\)"):
         open_source(tmp_path / "cut.mp4")
+
+
+def test_a_video_whose_index_is_cut_off_in_its_middle_says_so(tmp_path: Path) -> None:
+    data = encode(tmp_path / "v.mp4").read_bytes()
+    for cut in range(data.index(b"moov") + 8, data.index(b"stbl"), 40):
+        (tmp_path / "cut.mp4").write_bytes(data[:cut])
+        with pytest.raises(InputError, match=r"truncated|cannot be decoded"):
+            open_source(tmp_path / "cut.mp4")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"PK\x03\x04" + bytes(99), "is an archive"),
+        (bytes(999), "zeros only"),
+    ],
+)
+def test_what_stands_under_a_videos_name_is_said(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        open_source(tmp_path / "a.mp4")
 
 
 def test_a_page_under_an_images_name_is_said(tmp_path: Path) -> None:

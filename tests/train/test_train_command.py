@@ -112,6 +112,16 @@ def test_a_run_of_an_earlier_version_resumes_by_its_own_configuration(tmp_path: 
     assert (recipe.target_paper_gmacs, recipe.phase2_epochs, recipe.rate_drop_epochs) == (0.7, 7.0, (3.0,))
 
 
+def test_what_a_run_reads_is_not_written_over(tmp_path: Path, calls: list[Any]) -> None:
+    (tmp_path / "own.yaml").write_text(
+        "data: {kind: coco, train_annotations: train.json, train_images: a, val_annotations: b, val_images: c}\n"
+    )
+    for read in (tmp_path / "own.yaml", Path("train.json")):
+        with pytest.raises(InputError, match="is both read and written"):
+            run("--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path / "run"), "--json", str(read), catch=False)
+    assert not calls
+
+
 def test_resuming_a_run_that_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere holds no run"):
         run("--output", str(tmp_path / "nowhere"), "--resume", catch=False)

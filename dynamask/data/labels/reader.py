@@ -57,6 +57,7 @@ def read_labels(photos: Path, labels: Path | None = None, kind: str | None = Non
             raise InputError(f"{place} holds no labels in the format {kind}; they look like {found}: say so, or leave the format out.")
         raise InputError(f"{place} holds no labels: {_HINT}.")
     read = _READERS[kind](files[kind], photos)
+    read.files = files[kind]
     if not read.images:
         absent = f", such as {read.missing[0]}" if read.missing else ""
         raise InputError(f"{photos} holds none of the {len(read.missing)} labelled photos{absent}: give their folder.")

@@ -36,6 +36,8 @@ class Labels:
     """Number of labels that are no outlines, by their kind."""
     missing: list[str] = field(default_factory=list)
     """Photos that have labels, and are not in the folder."""
+    files: list[Path] = field(default_factory=list)
+    """The files of labels that were read."""
     broken: list[str] = field(default_factory=list)
     """Sentences about photos whose size could not be read."""
 
