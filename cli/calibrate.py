@@ -36,8 +36,9 @@ def calibrate(
     """
     from runtime.bundle import Bundle
     from runtime.calibration import FULL
-    from runtime.files import write_json
+    from runtime.files import check_apart, write_json
 
+    check_apart([json], bundle=bundle)
     opened = Bundle.open(bundle)
     built, costs = measure(opened, FULL, target, threads, images)
     if json is not None:
