@@ -24,6 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.errors import DynaMaskError
+from trt_plugins.driver import open_driver
+
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
 SMALL_CASES = "(lite0 or version or proposals or detections) and not same_bits"
 """Cases for the sanitizers, which make kernels tens of times slower."""
@@ -51,6 +54,7 @@ class Machine:
     """The path of compute-sanitizer."""
     bundle: Path | None
     """A bundle that was given."""
+    name: str = "no NVIDIA GPU"
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,9 @@ def _without_gpu(machine: Machine) -> str | None:
 def _without_export(machine: Machine) -> str | None:
     if machine.bundle is not None:
         return f"{machine.bundle} is given"
-    return None if {"torch", "onnx"} <= machine.modules else "exporting needs PyTorch and onnx; give a bundle with --bundle"
+    if not {"torch", "onnx"} <= machine.modules:
+        return "exporting needs PyTorch and onnx; give a bundle with --bundle"
+    return _without_gpu(machine)
 
 
 def _without_engine(machine: Machine, target: str) -> str | None:
@@ -143,7 +149,7 @@ def _without_engine(machine: Machine, target: str) -> str | None:
     missing = [name for name in (module, "triton", "onnx") if name not in machine.modules]
     if missing:
         return f"not installed: {', '.join(missing)}"
-    if machine.bundle is None and _without_export(machine) is not None:
+    if machine.capability is not None and machine.bundle is None and _without_export(machine) is not None:
         return "there is no bundle; give one with --bundle"
     return _without_gpu(machine)
 
@@ -175,17 +181,12 @@ def this_machine(bundle: Path | None) -> Machine:
         import torch
 
         torch_gpu = torch.cuda.is_available()
-    return Machine(installed, torch_gpu, _capability(), shutil.which("compute-sanitizer"), bundle)
-
-
-def _capability() -> str | None:
-    from runtime.errors import DynaMaskError
-    from trt_plugins.driver import open_driver
-
+    sanitizer = shutil.which("compute-sanitizer")
     try:
-        return open_driver().compute_capability
+        driver = open_driver()
     except DynaMaskError:
-        return None
+        return Machine(installed, torch_gpu, None, sanitizer, bundle)
+    return Machine(installed, torch_gpu, driver.compute_capability, sanitizer, bundle, driver.device)
 
 
 def run_parts(chosen: Sequence[Part], machine: Machine, output: Path, seconds: float) -> Iterator[Outcome]:
@@ -220,7 +221,9 @@ def _run(part: Part, output: Path, seconds: float) -> Outcome:
         except subprocess.TimeoutExpired:
             state = "left"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    note = "" if state == "passed" else f"the time was over; {log.name} ends at: {lines[-1:]}" if state == "left" else " ".join(lines[-1:])
+    note = "" if state == "passed" else " ".join(lines[-1:])
+    if state == "left":
+        note = f"the time was over; {log.name} ends at: {note}"
     found = json.loads(results.read_text()) if results is not None and results.is_file() else None
     return Outcome(part.name, state, time.monotonic() - start, note, found)
 
@@ -293,9 +296,7 @@ def _compare(found: Any, expected: Any) -> dict[str, Any]:
 def page(machine: Machine, outcomes: Sequence[Outcome], when: str) -> str:
     """The Markdown page."""
     results = {outcome.name: outcome.results for outcome in outcomes if outcome.results is not None}
-    gpus = results.get("doctor", {}).get("gpus") or [{"name": "no GPU found by nvidia-smi"}]
-    name = str(gpus[0]["name"])
-    lines = [f"# {name}", "", f"`scripts/gpu_checks.sh`, {when}. Compute capability {machine.capability or 'unknown'}.", ""]
+    lines = [f"# {machine.name}", "", f"`scripts/gpu_checks.sh`, {when}. Compute capability {machine.capability or 'unknown'}.", ""]
     lines += ["| part | outcome | seconds | note |", "|---|---|---|---|"]
     lines += [f"| {o.name} | {o.state} | {o.seconds:.0f} | {_cell(o.note)} |" for o in outcomes]
     engines = [(o.name, image, o.results[image]) for o in outcomes if o.name.startswith("tensorrt") and o.results for image in IMAGES]
@@ -363,7 +364,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{outcome.state:8} {outcome.name} ({outcome.seconds:.0f} s) {outcome.note}", flush=True)
         # Written after each part: a library may take the machine down.
         when = time.strftime("%Y-%m-%d")
-        content = {"date": when, "capability": machine.capability, "parts": [asdict(each) for each in outcomes]}
+        content = {
+            "date": when,
+            "gpu": machine.name,
+            "compute_capability": machine.capability,
+            "parts": [asdict(each) for each in outcomes],
+        }
         (output / "gpu.json").write_text(json.dumps(content, indent=2) + "\n")
         (output / "gpu.md").write_text(page(machine, outcomes, when))
     left = [outcome.name for outcome in outcomes if outcome.state == "left"]

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli.demo import carried_checkpoint
 from dynamask.data.shapes import draw_image
 from export.engine import build_engine
 from export.export import export_bundle
 from runtime.bundle import Bundle
+from runtime.carried import carried_checkpoint
 from runtime.preprocess import letterbox_normalise
 from runtime.targets.registry import open_engine
 from tests.export.chain import check_output, open_chain
@@ -24,7 +24,7 @@ pytest.importorskip("tensorrt_rtx")
 @pytest.mark.parametrize("case", ["mixed", "none"])
 def test_lite0_agrees_with_onnx_runtime(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    export_bundle(carried_checkpoint(), tmp_path / "bundle")
+    export_bundle(carried_checkpoint("lite0-shapes"), tmp_path / "bundle")
     build_engine(tmp_path / "bundle", "onnxruntime")
     opened = Bundle.open(tmp_path / "bundle")
     height, width = opened.manifest.canvas
