@@ -67,11 +67,13 @@ def measure(
 
 def summary(costs: MeasuredCosts) -> str:
     """The times, in lines of text."""
+    from runtime.costs import count_of
+
     lines = [
         f"detector {costs.detector_ms.p50:.1f} ms (99th percentile {costs.detector_ms.p99:.1f}), masks of a frame without instances "
         f"{costs.empty_ms:.1f} ms"
     ]
     lines += [f"all at {grid:<4} {cost.fixed_ms:7.2f} ms + {cost.instance_ms:.3f} ms per instance" for grid, cost in costs.grids.items()]
-    threads = f", {costs.threads} threads" if costs.threads else ""
+    threads = f", {count_of(costs.threads, 'thread')}" if costs.threads else ""
     lines.append(f"{costs.processor}{threads}; median error of the fit {100 * costs.fit_error:.1f} %")
     return "\n".join(lines)

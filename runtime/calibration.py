@@ -40,15 +40,17 @@ NOISE_IMAGES = 4
 class Effort(NamedTuple):
     """How much is measured."""
 
-    sizes: tuple[int, ...]
-    """Numbers of instances, as far as the engine has slots."""
+    uniform: tuple[int, ...]
+    """Numbers of instances of the frames with all instances at one grid, as far as the engine has slots."""
+    mixed: tuple[int, ...]
+    """Those of the frames with instances at several grids."""
     blocks: int
     rounds: int
     """Timed rounds of each block; every frame is timed once a round."""
 
 
-FULL = Effort(sizes=(1, 4, 12, 40, 100), blocks=3, rounds=5)
-SHORT = Effort(sizes=(1, 4, 12), blocks=2, rounds=3)
+FULL = Effort(uniform=(1, 4, 12, 40), mixed=(4, 12, 40, 100), blocks=3, rounds=5)
+SHORT = Effort(uniform=(1, 4, 12), mixed=(4, 12), blocks=2, rounds=3)
 
 
 class Timed(NamedTuple):
@@ -94,18 +96,18 @@ def calibrate(
         canvases = _canvases(engine, images)
         sampler = _separate(engine, canvases) if hasattr(engine, "run_masks") else _whole(engine, canvases)
         costs = measure(
-            sampler, cases(bundle.manifest.detections, effort.sizes), effort, progress, threads=engine.threads, processor=engine.processor
+            sampler, cases(bundle.manifest.detections, effort), effort, progress, threads=engine.threads, processor=engine.processor
         )
         bundle.set_costs(engine.target, costs)
         return engine.target, costs
 
 
-def cases(slots: int, sizes: Sequence[int]) -> list[Counts]:
+def cases(slots: int, effort: Effort) -> list[Counts]:
     """The frames to time: without instances, with all instances at one grid, and mixed; with at most `slots` instances."""
     found: list[Counts] = [(0, 0, 0, 0)]
-    for size in dict.fromkeys(min(size, slots) for size in sizes):
-        for shares in (*np.eye(4).tolist(), *(MIXED if size > 1 else ())):
-            first, second, third, fourth = spread(size, shares)
+    for sizes, distributions in ((effort.uniform, np.eye(len(GRIDS)).tolist()), (effort.mixed, MIXED)):
+        for size, shares in itertools.product(sizes, distributions):
+            first, second, third, fourth = spread(min(size, slots), shares)
             found.append((first, second, third, fourth))
     return list(dict.fromkeys(found))
 

@@ -122,12 +122,13 @@ class MeasuredCosts(_Strict):
         if (host, processor) != (self.host, self.processor):
             return f"were measured on {self.host} ({self.processor}), and this machine is {host} ({processor})"
         if threads != self.threads:
-            return f"were measured with {_threads(self.threads)}, and the engine runs with {_threads(threads)}"
+            return f"were measured with {count_of(self.threads, 'thread')}, and the engine runs with {count_of(threads, 'thread')}"
         return None
 
 
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
+def count_of(count: int, noun: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 class TimedMasks(NamedTuple):

@@ -19,7 +19,7 @@ from runtime.errors import InputError
 from runtime.graph import GRIDS
 from tests.runtime.known_costs import costs
 
-SMALL = Effort(sizes=(1, 4), blocks=1, rounds=1)
+SMALL = Effort(uniform=(1, 4), mixed=(4,), blocks=1, rounds=1)
 KNOWN = costs(empty_ms=2, grids={grid: GridCost(fixed_ms=2 + k, instance_ms=1 + k) for k, grid in enumerate(GRIDS)})
 
 
@@ -28,7 +28,7 @@ def known_ms(counts: tuple[int, ...]) -> float:
 
 
 def test_every_grid_is_timed_alone_and_mixed() -> None:
-    frames = cases(100, (1, 12, 200))
+    frames = cases(100, Effort((1, 12, 200), (100,), 1, 1))
     assert frames[0] == (0, 0, 0, 0) and len(set(frames)) == len(frames)
     for size in (1, 12, 100):
         assert {tuple(size if k == grid else 0 for k in range(4)) for grid in range(4)} <= set(frames)
@@ -38,8 +38,8 @@ def test_every_grid_is_timed_alone_and_mixed() -> None:
 def test_known_times_are_found_through_disturbances() -> None:
     """Each block of rounds is disturbed by another factor, and single frames by more."""
     random, calls = np.random.default_rng(0), [0]
-    frames = cases(100, (1, 4, 12))
-    effort = Effort(sizes=(), blocks=3, rounds=5)
+    effort = Effort((1, 4, 12), (4, 12), blocks=3, rounds=5)
+    frames = cases(100, effort)
 
     def sample(counts: tuple[int, int, int, int]) -> Timed:
         block = max(0, calls[0] - len(frames)) // (effort.rounds * len(frames))
@@ -64,15 +64,16 @@ def test_frames_take_turns() -> None:
         order.append(counts)
         return Timed(counts, 1.0, known_ms(counts))
 
-    frames = cases(4, (1,))
-    measure(sample, frames, Effort((), blocks=2, rounds=2))
+    effort = Effort((1,), (), blocks=2, rounds=2)
+    frames = cases(4, effort)
+    measure(sample, frames, effort)
     rounds = [order[i : i + len(frames)] for i in range(0, len(order), len(frames))]
     assert len(rounds) == 5 and all(set(one) == set(frames) for one in rounds) and rounds[1] != rounds[2]
 
 
 def test_images_in_which_nothing_is_found_are_refused() -> None:
     with pytest.raises(InputError, match="finds no instance in the images"):
-        measure(lambda _: Timed((0, 0, 0, 0), 1.0, 1.0), cases(4, (1,)), SMALL)
+        measure(lambda _: Timed((0, 0, 0, 0), 1.0, 1.0), cases(4, SMALL), SMALL)
 
 
 def test_the_times_are_kept_with_the_engine(synthetic: ModuleType, tmp_path: Path) -> None:

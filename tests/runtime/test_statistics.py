@@ -39,6 +39,20 @@ def test_a_run_is_summed_up_over_its_images():
     assert summary["latency_ms"]["masks"] == {"p50": 1.0, "p95": pytest.approx(1.9), "p99": pytest.approx(1.98), "mean": 1.0}
 
 
+def test_predicted_times_are_compared_with_the_measured_ones():
+    collected = RunStatistics(GRID_GMACS)
+    assert collected.summary()["predicted"] is None
+    for masks_ms, predicted_ms in ((10.0, 9.0), (20.0, 22.0), (40.0, 60.0)):
+        instances = make_instances(2, (64, 96))
+        instances.times_ms = dict.fromkeys(LATENCIES, 0.0) | {"detector": 30.0, "masks": masks_ms}
+        instances.predicted_ms = {"detector": 30.0, "masks": predicted_ms}
+        collected.add(instances)
+    assert collected.summary()["predicted"] == {
+        "masks": {"ms": 22.0, "ratio": pytest.approx(1.1)},
+        "frame": {"ms": 52.0, "ratio": pytest.approx(52 / 50)},
+    }
+
+
 def test_a_timed_prediction_has_its_masks_pasted_and_all_times(monkeypatch):
     clock = iter([10.0, 10.5, 10.75])
     monkeypatch.setattr("runtime.statistics.time", SimpleNamespace(perf_counter=lambda: next(clock)))
