@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynamask.config import Config, parse_config, with_current_names
 from dynamask.train.transfer import with_rows_of_classes
-from runtime.errors import InputError
+from runtime.errors import InputError, first_line, is_unicode, shortened
 from runtime.files import atomic_path, input_path
 
 FORMAT_VERSION = 1
@@ -84,7 +84,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint, on the CPU.
 
     Raises:
-        InputError: the file is missing, cut short, not a DynaMask checkpoint, or of a newer format.
+        InputError: the file is missing, cut short, not a DynaMask checkpoint, of a newer format, or its metadata are damaged.
     """
     tensors, fields = _read(path, "checkpoint")
     tensors = {name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()}
@@ -100,8 +100,16 @@ def load_model(path: str | os.PathLike[str]) -> tuple[nn.Module, Config, list[di
     from dynamask.model import build_model
 
     checkpoint = load_checkpoint(path)
+    try:
+        # On the meta device, tensors have shapes and take no memory: a damaged configuration may describe a model that no memory holds.
+        with torch.device("meta"):
+            expected = build_model(checkpoint.config, checkpoint.classes).state_dict()
+    except Exception as error:  # torch and torchvision raise RuntimeError, TypeError and others for sizes that fit nothing.
+        fault = shortened(first_line(error))
+        raise InputError(f"{path}: no model can be built as its configuration says ({fault}); use another checkpoint.") from error
+    _check_fit(expected, checkpoint.tensors, path)
     model = build_model(checkpoint.config, checkpoint.classes)
-    load_tensors(model, checkpoint.tensors, path)
+    model.load_state_dict(checkpoint.tensors)
     return model.eval(), checkpoint.config, checkpoint.classes
 
 
@@ -109,17 +117,30 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str | os.Pa
     """Load a whole `state_dict` into the model.
 
     Raises:
-        InputError: a tensor is missing, unknown or of another shape; names the first.
+        InputError: a tensor is missing, unknown, or of another shape or kind of numbers; names the first. The model is then unchanged.
     """
-    expected = model.state_dict()
+    _check_fit(model.state_dict(), tensors, path)
+    model.load_state_dict(tensors)
+
+
+def _check_fit(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors or name not in expected:
             fault = "lacks" if name in expected else "holds, unknown to the model,"
-            raise InputError(f"{path} {fault} the tensor {name}: it was made by another version of the model; train or export it again.")
+            raise InputError(
+                f"{path} {fault} the tensor {shortened(name)}: it was made by another version of the model; train or export it again."
+            )
         if tensors[name].shape != expected[name].shape:
             shapes = f"{list(tensors[name].shape)} where the model has {list(expected[name].shape)}"
             raise InputError(f"{path}: the tensor {name} is {shapes}; the file's configuration is not the one it was trained with.")
-    model.load_state_dict(tensors)
+        if _kind(tensors[name]) != _kind(expected[name]):
+            types = f"{tensors[name].dtype} where the model has {expected[name].dtype}"
+            raise InputError(f"{path}: the tensor {name} is {types}: the file is damaged; copy it again or use another checkpoint.")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Whether its values are real numbers, and whether they are complex: other conversions keep their meaning."""
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def start_from(
@@ -144,11 +165,15 @@ def start_from(
     expected = model.state_dict()
     tensors = checkpoint.tensors if classes is None else with_rows_of_classes(checkpoint.tensors, checkpoint.classes, classes)
     offered = {name: tensor for name, tensor in tensors.items() if without is None or not name.startswith(without)}
-    fitting = {name: tensor for name, tensor in offered.items() if name in expected and expected[name].shape == tensor.shape}
+    fitting = {name: tensor for name, tensor in offered.items() if name in expected and _fits(tensor, expected[name])}
     if not fitting:
         raise InputError(f"{path} has no tensor that fits this model (it holds a {checkpoint.config.model.preset}): choose its preset.")
     model.load_state_dict(fitting, strict=False)
     return [name for name in expected if name not in fitting]
+
+
+def _fits(tensor: Tensor, expected: Tensor) -> bool:
+    return tensor.shape == expected.shape and _kind(tensor) == _kind(expected)
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -239,6 +264,27 @@ def _read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], d
                 raise InputError(f"{path} has format {metadata['format']}, this version reads up to {FORMAT_VERSION}: update dynamask.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         expected = {"checkpoint": ("config", "classes", "extra"), "state": ("config", "classes", "scaler", "progress")}[kind]
-        return tensors, {name: json.loads(metadata[name]) for name in expected}
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): it is damaged or cut short; copy it again or use another {kind}.") from error
+        fields = {name: json.loads(metadata[name]) for name in expected}
+        _check_fields(fields)
+        return tensors, fields
+    except (OSError, safetensors.SafetensorError, AttributeError, KeyError, ValueError, RecursionError) as error:
+        # AttributeError: PyTorch lacks a type of numbers that safetensors knows.
+        fault = shortened(first_line(error))
+        raise InputError(f"{path} cannot be read ({fault}): it is damaged or cut short; copy it again or use another {kind}.") from error
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Raise ValueError unless the classes are classes, and the other fields JSON objects."""
+    for name, value in fields.items():
+        if name != "classes" and not isinstance(value, dict):
+            raise ValueError(f"{name} is not a JSON object")
+    classes = fields["classes"]
+    if not isinstance(classes, list) or not all(isinstance(entry, dict) and _is_class(entry) for entry in classes):
+        raise ValueError("classes is not a list of ids and names")
+    if not classes or len({entry["id"] for entry in classes}) < len(classes):
+        raise ValueError("classes is empty, or two have one id")
+
+
+def _is_class(entry: dict[str, Any]) -> bool:
+    number, name = entry.get("id"), entry.get("name")
+    return isinstance(number, int) and not isinstance(number, bool) and isinstance(name, str) and is_unicode(name)

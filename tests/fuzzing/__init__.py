@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-KINDS = ("coco", "bundle", "image", "video", "config")
+KINDS = ("coco", "bundle", "image", "video", "config", "checkpoint")
 """Names of the modules."""
 
 

@@ -23,7 +23,7 @@ from tests.fuzzing import Files, write
 
 INPUT, STDERR = "input", "stderr.txt"
 """Inside the folder of a process: the folder of the input that is checked, and what libraries print."""
-_EXAMPLES = 500
+_EXAMPLES = 100
 """Of one run of Hypothesis, which keeps all of them in memory."""
 _OPEN_FILES = 20
 """More open files than in the beginning are a finding: they are left from inputs before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from dynamask.config import CONFIGS, EARLIER_NAMES
+from dynamask.config import CONFIGS, EARLIER_NAMES, load_config
 from dynamask.train import checkpoint as checkpoints
 from dynamask.train.progress import Progress
 from runtime.errors import DynaMaskError, InputError
@@ -122,6 +123,56 @@ def test_tensors_that_do_not_fit_are_named() -> None:
     short = {name: tensor for name, tensor in small_model().state_dict().items() if name != "1.bias"}
     with pytest.raises(InputError, match=r"lacks the tensor 1\.bias"):
         checkpoints.load_tensors(small_model(), short, "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "said"),
+    [
+        ("classes", "[null]", "classes is not a list of ids and names"),
+        ("classes", '[{"id": 1}]', "classes is not a list of ids and names"),
+        ("classes", '[{"id": "1", "name": "a"}]', "classes is not a list of ids and names"),
+        ("classes", '[{"id": true, "name": "a"}]', "classes is not a list of ids and names"),
+        ("classes", '[{"id": 1, "name": "\\ud800"}]', "classes is not a list of ids and names"),
+        ("classes", "[]", "classes is empty"),
+        ("classes", '[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', "two have one id"),
+        ("config", "[]", "config is not a JSON object"),
+        ("config", "[" * 100_000, "recursion"),
+        ("config", '{"model": {"canvas": 1}}', "model.canvas"),
+        ("extra", "null", "extra is not a JSON object"),
+    ],
+    ids=["null", "no name", "text", "flag", "surrogate", "none", "duplicate", "list", "nested", "canvas", "no extra"],
+)
+def test_damaged_metadata_are_refused(tmp_path: Path, field: str, text: str, said: str) -> None:
+    metadata = {"dynamask": "checkpoint", "format": "1", "config": CONFIG.model_dump_json(), "classes": json.dumps(CLASSES), "extra": "{}"}
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "m.safetensors", {**metadata, field: text})
+    with pytest.raises(InputError, match=rf"m\.safetensors.*{said}") as caught:
+        checkpoints.load_checkpoint(tmp_path / "m.safetensors")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("size", [2**20, 2**40, 2**62])
+def test_a_configuration_of_a_model_that_no_memory_holds_is_refused(tmp_path: Path, size: int) -> None:
+    config = load_config("lite0-shapes", {"model.box_features": size})
+    checkpoints.save_checkpoint(tmp_path / "m.safetensors", small_model(), config, CLASSES)
+    with pytest.raises(InputError, match=r"m\.safetensors"):
+        checkpoints.load_model(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool])
+def test_tensors_of_another_kind_of_numbers_are_refused(dtype: torch.dtype) -> None:
+    model = small_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=rf"the tensor 0\.weight is {dtype} where the model has torch\.float32"):
+        checkpoints.load_tensors(model, {**small_model(4).state_dict(), "0.weight": before["0.weight"].to(dtype)}, "f.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_fine_tuning_takes_no_tensor_of_another_kind_of_numbers() -> None:
+    model = small_model()
+    kept = model[0].weight.detach().clone()
+    tensors = {**model.state_dict(), "0.weight": torch.ones_like(kept, dtype=torch.int32)}
+    assert checkpoints.start_from(model, checkpoints.Checkpoint(CONFIG, CLASSES, tensors, {}), "m.safetensors") == ["0.weight"]
+    assert torch.equal(model[0].weight, kept)
 
 
 def test_fine_tuning_takes_tensors_that_fit(tmp_path: Path) -> None:
