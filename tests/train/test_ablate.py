@@ -143,13 +143,13 @@ def test_a_row_from_another_trains_nothing_and_no_evaluation_is_repeated(
 ) -> None:
     rows = [{"name": "DynaMask"}, {"name": "Rule", "from": "DynaMask", "policies": ["size-based", "routed"]}]
     table = run_plan(write(tmp_path, rows=rows), tmp_path / "out", quiet=True)
-    assert untrained == ["dynamask/seed-0"] and evaluated == [("routed", 0.0, -1), ("size-based", 0.0, 4)]
+    assert untrained == ["dynamask/seed-0"] and evaluated == [("routed", 0.0, -1, 0.0), ("size-based", 0.0, 4, 0.0)]
     assert [(row["policy"], row["AP"]["mean"]) for row in table["rows"]] == [("routed", 1.0), ("size-based", 2.0), ("routed", 1.0)]
     assert table["rows"][1]["training_seconds"]["mean"] is None
 
     (tmp_path / "out" / "dynamask" / "seed-0" / "metrics.json").unlink()
     run_plan(write(tmp_path, set={**FIELDS, "train.evaluate_images": 2}, rows=rows[:1]), tmp_path / "out", quiet=True)
-    assert len(untrained) == 2 and evaluated[2:] == [("routed", 0.0, -1)]  # other images: evaluated again
+    assert len(untrained) == 2 and evaluated[2:] == [("routed", 0.0, -1, 0.0)]  # other images: evaluated again
 
 
 def test_a_run_with_other_fields_than_its_row_is_refused(tmp_path: Path, trained: list[str], evaluated: list[Any]) -> None:
