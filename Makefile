@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # A second environment, with the lowest versions that pyproject.toml allows.
 LOWEST := .venv-lowest
-EXTRAS := train,export,tensorrt-rtx,dev,docs
+EXTRAS := train,export,tensorrt-rtx,streams,dev,docs
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Two workers by default: give WORKERS=8 on a larger machine.
 WORKERS ?= 2

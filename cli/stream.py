@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +19,22 @@ if TYPE_CHECKING:
     from runtime.predictor import Predictor
     from runtime.sinks import Sink
     from runtime.stream import StreamReport
+    from runtime.streams.config import OutputSettings, ServiceSettings
+
+_TERMINATED = 143
+"""The exit status after SIGTERM: 128 + 15."""
 
 
 def stream(
     bundle: BundleFolder,
-    sources: Annotated[list[Path], typer.Argument(metavar="SOURCE", help="Videos, images or folders of images; one stream each.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SOURCE",
+            help="Videos, images or folders of images, one after the other. With rtsp://, rtmp://, http(s)://, udp://, /dev/video0, -"
+            " (standard input) or a quoted pattern among them, all at once until they are stopped.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -38,6 +53,25 @@ def stream(
         Path | None,
         typer.Option(metavar="FOLDER", help="Write the annotated frames here, as JPEG."),
     ] = None,
+    parquet: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Live sources: write the detections here too, as Parquet files of a minute each."),
+    ] = None,
+    mqtt: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Live sources: publish each line of JSON too, at mqtt://HOST/TOPIC."),
+    ] = None,
+    publish: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Live sources: publish the annotated video, at rtsp://HOST/PATH or rtmp://HOST/PATH."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Streams, outputs and their settings, in place of sources (docs/streams.md).")
+    ] = None,
+    max_age_ms: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="MS", help="Leave out frames of live sources captured longer ago than this; 1000 by default."),
+    ] = None,
     grid: Grid = "routed",
     score: Score = 0.3,
     limit: Limit = None,
@@ -48,11 +82,53 @@ def stream(
     """Find the instances in videos: an annotated video, and the detections as lines of JSON.
 
     A budget in GMAC (routed@50%) is kept over the whole stream, one in milliseconds (routed@20ms) in each frame. With several sources,
-    --output, --jsonl and --frames-dir are folders, and each source gets a file (or folder) in them. Ctrl-C ends the stream and finishes
-    the files.
+    --output, --jsonl and --frames-dir are folders, and each source gets a file (or folder) in them. Ctrl-C and SIGTERM end the stream
+    and finish the files.
+
+    Live sources run all at once and are connected again when they fail; --output and --jsonl are folders then. A password may be
+    an environment variable: 'rtsp://user:${DOOR}@host/path'.
 
     Example: dynamask stream lite0.bundle video.mp4 --output annotated.mp4 --jsonl detections.jsonl
     """
+    from runtime.errors import InputError
+    from runtime.streams.config import OutputSettings
+
+    texts = sources or []
+    if not texts and config is None:
+        raise InputError("no source is given; give a video, a camera's address or --config.")
+    with _terminating():
+        if config is not None or any(_is_live(text) for text in texts):
+            if frames_dir is not None:
+                raise InputError("--frames-dir is for files; take --output or --jsonl for live sources.")
+            outputs = OutputSettings(video=output, jsonl=jsonl, parquet=parquet, mqtt=mqtt, publish=publish)
+            _run_service(_service_settings(texts, config, outputs, max_age_ms, grid, score), bundle, target, threads, limit, json)
+        else:
+            _run_files([Path(text) for text in texts], bundle, output, jsonl, frames_dir, grid, score, limit, target, threads, json)
+
+
+def _is_live(source: str) -> bool:
+    """Whether a source is not a file or folder: a URL, a device, standard input or a pattern."""
+    import glob
+
+    from runtime.streams.address import FILE, Address
+
+    return Address(source).kind != FILE or (glob.has_magic(source) and not Path(source).exists())
+
+
+def _run_files(
+    sources: list[Path],
+    bundle: Path,
+    output: Path | None,
+    jsonl: Path | None,
+    frames_dir: Path | None,
+    grid: str,
+    score: float,
+    limit: int | None,
+    target: str,
+    threads: int | None,
+    json: Path | None,
+) -> None:
+    """Run files one after the other, each to its end."""
     from runtime.bundle import Bundle
     from runtime.errors import INTERRUPTED
     from runtime.files import write_json
@@ -74,6 +150,72 @@ def stream(
         write_json(json, results[0] if len(sources) == 1 else {"streams": results})
     if results[-1]["interrupted"]:
         raise typer.Exit(INTERRUPTED)
+
+
+def _run_service(settings: ServiceSettings, bundle: Path, target: str, threads: int | None, limit: int | None, json: Path | None) -> None:
+    """Run the streams until all have ended or a signal comes."""
+    from runtime.files import write_json
+    from runtime.predictor import load
+    from runtime.streams.log import log_to_stderr
+    from runtime.streams.service import Service
+
+    log_to_stderr()
+    stopped = False
+    with load(bundle, target, threads=threads) as predictor:
+        service = Service(predictor, settings, limit=limit)
+        service.start()
+        try:
+            while not service.pipeline.wait(0.2):
+                pass
+        except KeyboardInterrupt:
+            stopped = True
+        failure = service.end()
+    report = service.report()
+    if json is not None:
+        write_json(json, {"interrupted": stopped, **report})
+    for name, counts in report["streams"].items():
+        typer.echo(f"{name}: {counts['frames']} frames, {counts['instances']} instances; not processed: {counts['discarded'] or 'none'}")
+    if failure is not None:
+        raise failure
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def _service_settings(
+    sources: list[str], config: Path | None, outputs: OutputSettings, max_age_ms: float | None, grid: str, score: float
+) -> ServiceSettings:
+    from runtime.errors import InputError
+    from runtime.streams.config import ServiceSettings, StreamSettings, load_settings
+
+    if config is not None:
+        if sources:
+            raise InputError(f"sources are given and {config} names some too; put all of them into the file.")
+        return load_settings(config)
+    streams = [StreamSettings(source=source, max_age_ms=max_age_ms) for source in sources]
+    return ServiceSettings(streams=streams, outputs=outputs, grid=grid, score=score)
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does; the exit status is then 143."""
+
+    terminated = False
+
+    def stop(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except (KeyboardInterrupt, typer.Exit):
+        if terminated:
+            raise typer.Exit(_TERMINATED) from None
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def plan_outputs(

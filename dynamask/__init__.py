@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from runtime.predictor import Predictor, load
     from runtime.sinks import FolderSink, JsonLinesSink, VideoSink
     from runtime.sources import open_source
-    from runtime.stream import StreamReport
-    from runtime.stream import run_stream as stream
+    from runtime.stream import StreamReport, run_stream
+    from runtime.streams.service import stream
     from runtime.validate import validate
 
 __version__ = "0.1.0"
@@ -57,7 +57,8 @@ _HOMES = {
     "open_source": ("runtime.sources", "open_source"),
     "read_coco": ("runtime.coco", "read_coco"),
     "read_image": ("runtime.images", "read_image"),
-    "stream": ("runtime.stream", "run_stream"),
+    "run_stream": ("runtime.stream", "run_stream"),
+    "stream": ("runtime.streams.service", "stream"),
     "validate": ("runtime.validate", "validate"),
 }
 """Public name -> (module, name in it)."""
@@ -84,6 +85,7 @@ __all__ = [
     "open_source",
     "read_coco",
     "read_image",
+    "run_stream",
     "stream",
     "validate",
 ]

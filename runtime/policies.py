@@ -20,7 +20,7 @@ class Policy(NamedTuple):
         >>> dynamask.Policy("routed at 0.1 GMAC", budget_gmacs=0.1)
         Policy(name='routed at 0.1 GMAC', budget_gmacs=0.1, grid_override=-1, budget_ms=0.0)
         >>> with dynamask.load(bundle) as predictor, dynamask.open_source(clip) as source:
-        ...     report = dynamask.stream(predictor, source, [], dynamask.Policy("large", grid_override=3))
+        ...     report = dynamask.run_stream(predictor, source, [], dynamask.Policy("large", grid_override=3))
         >>> report.share["112"]
         1.0
     """

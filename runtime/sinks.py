@@ -78,7 +78,7 @@ class JsonLinesSink(Sink):
         >>> import dynamask
         >>> with dynamask.load(bundle) as predictor:
         ...     sink = dynamask.JsonLinesSink(folder / "detections.jsonl")
-        ...     report = dynamask.stream(predictor, dynamask.open_source(clip), [sink])
+        ...     report = dynamask.run_stream(predictor, dynamask.open_source(clip), [sink])
         >>> len((folder / "detections.jsonl").read_text().splitlines()) == report.frames
         True
     """
@@ -89,16 +89,7 @@ class JsonLinesSink(Sink):
         self._file = self._output.open()
 
     def write(self, frame: Frame, instances: Instances) -> None:
-        record = {
-            "index": frame.index,
-            "time_s": round(frame.time_s, 6),
-            "name": frame.name,
-            **frame.details,
-            "times_ms": _rounded(instances.times_ms),
-            **({"predicted_ms": _rounded(instances.predicted_ms)} if instances.predicted_ms else {}),
-            "detections": detections(instances, frame.index),
-        }
-        line = memoryview(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        line = memoryview(json.dumps(frame_record(frame, instances), allow_nan=False, separators=(",", ":")).encode() + b"\n")
         with _writing(self._output):
             if self._output.straight:
                 self._write(line)
@@ -126,6 +117,19 @@ class JsonLinesSink(Sink):
         self._output.keep()
 
 
+def frame_record(frame: Frame, instances: Instances) -> dict[str, Any]:
+    """A frame's line of JSON: see `JsonLinesSink`."""
+    return {
+        "index": frame.index,
+        "time_s": round(frame.time_s, 6),
+        "name": frame.name,
+        **frame.details,
+        "times_ms": _rounded(instances.times_ms),
+        **({"predicted_ms": _rounded(instances.predicted_ms)} if instances.predicted_ms else {}),
+        "detections": detections(instances, frame.index),
+    }
+
+
 def detections(instances: Instances, image_id: int) -> list[dict[str, Any]]:
     """The instances as COCO results, each with its class's name and its grid."""
     results = instances.to_coco(image_id)
@@ -135,6 +139,8 @@ def detections(instances: Instances, image_id: int) -> list[dict[str, Any]]:
 class VideoSink(Sink):
     """An annotated MP4 (H.264, yuv420p), in `<stem>.<random>.partial.mp4` until the end.
 
+    It is written in fragments of a second, so that it can be played if the process is killed; at the end it becomes an ordinary MP4.
+
     The first frame fixes the size, one pixel larger where that is odd; frames of another size are fitted into it, at the top left.
     A side of more than 16,384 pixels is scaled to that. Frames keep their times, so that frames left out stay gaps, up to two hours.
     MP4 is written with jumps back, so a pipe gets it at the end, from a file in the system's folder for temporary files.
@@ -142,6 +148,7 @@ class VideoSink(Sink):
     Args:
         path: the file, with the suffix `.mp4`, or a device, pipe or descriptor.
         frame_rate: frames a second, the source's.
+        live: whether frames are encoded at once, by one thread in little memory, for sources that do not end; the file is larger.
 
     Raises:
         InputError: the file's name does not end with `.mp4`, or nothing can be written there.
@@ -150,25 +157,28 @@ class VideoSink(Sink):
         >>> import dynamask
         >>> source = dynamask.open_source(clip)
         >>> with dynamask.load(bundle) as predictor:
-        ...     report = dynamask.stream(predictor, source, [dynamask.VideoSink(folder / "annotated.mp4", source.frame_rate)])
+        ...     report = dynamask.run_stream(predictor, source, [dynamask.VideoSink(folder / "annotated.mp4", source.frame_rate)])
         >>> (folder / "annotated.mp4").exists()
         True
     """
 
-    def __init__(self, path: str | os.PathLike[str], frame_rate: Fraction | float) -> None:
+    def __init__(self, path: str | os.PathLike[str], frame_rate: Fraction | float, live: bool = False) -> None:
         import av
 
         self.path = Path(path)
+        self._live = live
         if self.path.suffix.lower() != ".mp4" and not is_special(self.path):
             raise InputError(f"{self.path} is not an MP4 file; give the video a name that ends with .mp4.")
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._last = -1
         self._cut = 0
+        self._next_key = 0
         self._stream: av.VideoStream | None = None
         self._output = Output(path)
         # FFmpeg writes through this file: it knows no file names, whose colons and bytes it would interpret.
-        self._file = self._output.path.open("wb")
-        self._container = av.open(self._file, "w", format="mp4")
+        self._file = self._output.path.open("wb", buffering=0)
+        options = {"movflags": "hybrid_fragmented+frag_keyframe+delay_moov", "flush_packets": "1"}
+        self._container = av.open(self._file, "w", format="mp4", options=options)
 
     def write(self, frame: Frame, instances: Instances) -> None:
         import av
@@ -177,9 +187,13 @@ class VideoSink(Sink):
             image = annotate(frame.image, instances, score=0.0)
             if self._stream is None:
                 self._stream = self._open_stream(*_encodable_size(*image.shape[:2]))
-            picture = av.VideoFrame.from_ndarray(_fit(_even(image), self._stream.height, self._stream.width), format="rgb24")
+            picture = av.VideoFrame.from_ndarray(fit(even(image), self._stream.height, self._stream.width), format="rgb24")
             picture.time_base = Fraction(1, _TICKS)
             self._last = picture.pts = self._next_tick(frame.time_s)
+            if self._last >= self._next_key:
+                # A fragment begins at each key frame: a killed process loses what came after the last one.
+                picture.pict_type = av.video.frame.PictureType.I
+                self._next_key = self._last + _TICKS
             self._container.mux(self._stream.encode(picture))
 
     def _next_tick(self, time_s: float) -> int:
@@ -189,7 +203,10 @@ class VideoSink(Sink):
         return ticks - excess
 
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
-        stream = self._container.add_stream("libx264", rate=self._rate, options={"preset": "veryfast", "crf": "20"})
+        options = {"preset": "veryfast", "crf": "20", **({"tune": "zerolatency"} if self._live else {})}
+        stream = self._container.add_stream("libx264", rate=self._rate, options=options)
+        if self._live:
+            stream.codec_context.thread_count = 1
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, _TICKS)
         return stream
@@ -228,7 +245,7 @@ class FolderSink(Sink):
     Example:
         >>> import dynamask
         >>> with dynamask.load(bundle) as predictor:
-        ...     report = dynamask.stream(predictor, dynamask.open_source(clip), [dynamask.FolderSink(folder / "frames")])
+        ...     report = dynamask.run_stream(predictor, dynamask.open_source(clip), [dynamask.FolderSink(folder / "frames")])
         >>> sorted(path.name for path in (folder / "frames").iterdir())[0]
         '000000.jpg'
     """
@@ -258,13 +275,13 @@ def _encodable_size(height: int, width: int) -> tuple[int, int]:
     return height + height % 2, width + width % 2
 
 
-def _even(image: Image) -> Image:
+def even(image: Image) -> Image:
     """Height and width even, as yuv420p needs them, by repeating the last row and column."""
     height, width = image.shape[:2]
     return np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge") if height % 2 or width % 2 else image
 
 
-def _fit(image: Image, height: int, width: int) -> Image:
+def fit(image: Image, height: int, width: int) -> Image:
     """Scaled by one factor into `height` × `width`, at the top left, the rest black."""
     from runtime.preprocess import letterbox_scale, resize
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from array import array
 from collections import Counter, deque
@@ -23,6 +24,8 @@ LATENCIES = (*PARTS, TOTAL)
 PREDICTED: Mapping[str, tuple[str, ...]] = {"masks": ("masks",), "frame": ("detector", "masks")}
 """The times that measured costs predict, and the parts that they are the sum of."""
 QUANTILES = ("p50", "p95", "p99")
+MAX_TIMES = 100_000
+"""Images whose latencies are kept; of more, a random sample of this size."""
 
 
 def timed_prediction(
@@ -48,6 +51,22 @@ def timed_prediction(
     return instances
 
 
+class _Sample:
+    """All values, or of more than `MAX_TIMES` a uniform random sample of that size (Vitter's algorithm R): streams run for weeks."""
+
+    def __init__(self) -> None:
+        self.values = array("d")
+        self._seen = 0
+        self._random = random.Random(0)
+
+    def append(self, value: float) -> None:
+        self._seen += 1
+        if len(self.values) < MAX_TIMES:
+            self.values.append(value)
+        elif (place := self._random.randrange(self._seen)) < MAX_TIMES:
+            self.values[place] = value
+
+
 class RunStatistics:
     """Collects the grids and latencies of many images."""
 
@@ -55,9 +74,9 @@ class RunStatistics:
         """`grid_gmacs`: cumulative cost of each grid in GMAC."""
         self._grid_gmacs = grid_gmacs
         self._counts: Counter[int] = Counter()
-        self._times_ms = {part: array("d") for part in LATENCIES}
-        self._predicted_ms = {part: array("d") for part in PREDICTED}
-        self._ratios = {part: array("d") for part in PREDICTED}
+        self._times_ms = {part: _Sample() for part in LATENCIES}
+        self._predicted_ms = {part: _Sample() for part in PREDICTED}
+        self._ratios = {part: _Sample() for part in PREDICTED}
 
     def add(self, instances: Instances) -> None:
         """Count the instances of one image, with `times_ms` as `timed_prediction` gives them."""
@@ -78,11 +97,11 @@ class RunStatistics:
             None without predictions: for `masks` and `frame` (detector and masks) `ms`, the median predicted time, and `ratio`, the median
             over the images of the predicted time over the measured one.
         """
-        latency_ms = {part: percentiles(times) for part, times in self._times_ms.items() if times}
+        latency_ms = {part: percentiles(times.values) for part, times in self._times_ms.items() if times.values}
         predicted = {
-            part: {"ms": float(np.median(times)), "ratio": float(np.median(self._ratios[part]))}
+            part: {"ms": float(np.median(times.values)), "ratio": float(np.median(self._ratios[part].values))}
             for part, times in self._predicted_ms.items()
-            if times
+            if times.values
         }
         return {**grid_statistics(self._counts, self._grid_gmacs), "latency_ms": latency_ms, "predicted": predicted or None}
 

@@ -36,7 +36,7 @@ class StreamReport:
     Example:
         >>> import dynamask
         >>> with dynamask.load(bundle) as predictor:
-        ...     report = dynamask.stream(predictor, dynamask.open_source(clip), [])
+        ...     report = dynamask.run_stream(predictor, dynamask.open_source(clip), [])
         >>> report.broken, sorted(report.latency_ms["total"])
         (0, ['mean', 'p50', 'p95', 'p99'])
     """
@@ -105,7 +105,7 @@ def run_stream(
         >>> with dynamask.load(bundle) as predictor:
         ...     source = dynamask.open_source(clip)
         ...     video = dynamask.VideoSink(folder / "annotated.mp4", source.frame_rate)
-        ...     report = dynamask.stream(predictor, source, [video], "routed@50%")
+        ...     report = dynamask.run_stream(predictor, source, [video], "routed@50%")
         >>> report.frames > 0 and (folder / "annotated.mp4").exists()
         True
     """

@@ -108,7 +108,7 @@ class LiveSource:
             try:
                 packet = next(packets, None)
             except (av.FFmpegError, OSError) as error:
-                raise SourceLost(_reason(error)) from None
+                raise SourceLost(reason(error)) from None
             if packet is None:
                 return
             try:
@@ -190,10 +190,10 @@ def _open(address: Address, connect_s: float, stall_s: float, transport: str, ha
                 pass  # There is no such device: the CPU decodes.
         return av.open(place, options=options, **arguments)
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise SourceLost(_reason(error)) from None
+        raise SourceLost(reason(error)) from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """FFmpeg's reason in a few words. Its own text holds the address with the password, and is never used."""
     import av
 

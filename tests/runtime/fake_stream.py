@@ -51,6 +51,9 @@ class FakePredictor:
         self.costs: list[float] = []
         self._count, self._error, self._at = count, error, at
 
+    def costs_notice(self) -> None:
+        """Its engine has no measured times."""
+
     def check_budget(self, budget_gmacs: float, budget_ms: float) -> None:
         """Any can be kept."""
 
