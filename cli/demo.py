@@ -17,16 +17,32 @@ if TYPE_CHECKING:
     from runtime.predictor import Predictor
 
 IMAGES = 40
-FRAMES = 100
 SEED = 9_000_001
 """Far from the seeds of the shapes that the carried model was trained and validated on."""
 PARITY_IMAGES = 2
+SCORE = 0.5
+"""Instances that score less are not drawn."""
 PICTURES = 4
 """Annotated images in the report."""
+PHOTO_FRAME = 45
+"""The frame of the clip that is the photo."""
 
+CLIP = "office.mp4"
+"""In `dynamask/assets`, ten seconds; its README names the origin."""
 MARK = ".dynamask-demo"
 """A file of this name marks a folder as the demo's own: a later demo may replace its files."""
-PRODUCTS = ("shapes", "bundle", "video.mp4", "video.json", "annotated.mp4", "detections.jsonl", "validation.json", "report.html")
+PRODUCTS = (
+    "bundle",
+    "clip.mp4",
+    "annotated.mp4",
+    "detections.jsonl",
+    "photo.jpg",
+    "annotated.jpg",
+    "shapes",
+    "shapes-bundle",
+    "validation.json",
+    "report.html",
+)
 
 
 def demo(
@@ -36,10 +52,11 @@ def demo(
     threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """Run the whole pipeline on generated images: export, engine, video, validation, report.
+    """Run the whole pipeline: export, engine, video, photo, validation, report.
 
-    The model comes with the package: it segments drawn shapes. The demo takes one to three minutes on two cores, and prints where its
-    results are.
+    Two models come with the package. The one of everyday things runs on a clip of ten seconds and on a photo. The one of drawn shapes is
+    validated, because the masks of drawn shapes are exact. The demo takes up to three minutes on two cores, and prints where its results
+    are.
 
     Example: dynamask demo --output demo
     """
@@ -52,23 +69,21 @@ def demo(
 
 
 def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
-    """Draw shapes that the carried model has not seen, export the model, build its engine, stream a video, validate, write a report.
+    """Export both carried models and build their engines; stream a clip, segment a photo, validate on drawn shapes, write a report.
 
     Args:
         output: the folder for all files.
         threads: CPU threads of the engine; None takes all cores.
 
     Returns:
-        `paths`, `seconds` by step, `export` (parity with PyTorch), `stream` and `policies` (as `validate` returns them).
+        `paths`, `seconds` by step, `export` (of the model of everyday things: parity with PyTorch), `stream`, `photo` (the names of the
+        classes found) and `policies` (on shapes, as `validate` returns them).
 
     Raises:
-        InputError: `output` is not a folder, or holds files that no demo wrote.
-        DynaMaskError: the package lacks its checkpoint, or a step failed.
+        InputError: `output` is not a folder, or holds files that no demo wrote; or the package lacks a checkpoint.
+        DynaMaskError: a step failed.
     """
-    from dynamask.data.shapes import write_dataset, write_video
-    from export.export import export_bundle
-    from export.onnxruntime_engine import build_onnxruntime
-    from runtime.bundle import Bundle
+    from dynamask.data.shapes import write_dataset
     from runtime.carried import carried_checkpoint
     from runtime.coco import read_coco
     from runtime.files import write_json
@@ -76,29 +91,75 @@ def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
     from runtime.report import example_pictures, write_report
     from runtime.validate import POLICIES, validate
 
-    checkpoint = carried_checkpoint("lite0-shapes")
+    everyday, drawn = carried_checkpoint("everyday"), carried_checkpoint("lite0-shapes")
     clear(output)
     seconds: dict[str, float] = {}
-    data, bundle, video = output / "shapes", output / "bundle", output / "video.mp4"
-    with _step(f"Drawing {IMAGES} images of shapes the model has not seen", "images", seconds):
-        write_dataset(data, IMAGES, SEED)
-    with _step(f"Drawing a video of {FRAMES} frames of shapes in motion", "video", seconds):
-        write_video(video, FRAMES, SEED)
-    with _step("Exporting the model (lite0) to ONNX, compared with PyTorch", "export", seconds):
-        exported = export_bundle(checkpoint, bundle, None, sorted((data / "images").iterdir())[:PARITY_IMAGES])
-    with _step("Building the ONNX Runtime engine", "engine", seconds):
-        build_onnxruntime(Bundle.open(bundle))
-    with load(bundle, "onnxruntime", threads=threads) as predictor:
-        with _step("Streaming the video: decoding, segmenting, drawing, encoding", "stream", seconds):
-            streamed = _stream(predictor, video, output)
-        with _step(f"Validating {len(POLICIES)} grid policies", "validation", seconds):
-            dataset = read_coco(data)
+    _copy_clip(output)
+    with _step("Exporting the model of everyday things to ONNX, compared with PyTorch", "export", seconds):
+        exported = _export(everyday, output / "bundle", [output / "photo.jpg"])
+    with load(output / "bundle", "onnxruntime", threads=threads) as predictor:
+        with _step("Streaming the clip: decoding, segmenting, drawing, encoding", "stream", seconds):
+            streamed = _stream(predictor, output / "clip.mp4", output)
+        with _step("Finding the things in a photo", "photo", seconds):
+            found = _photo(predictor, output)
+    with _step(f"Drawing {IMAGES} images of shapes that no model has seen", "images", seconds):
+        write_dataset(output / "shapes", IMAGES, SEED)
+    with _step("Exporting the model of drawn shapes", "shapes export", seconds):
+        _export(drawn, output / "shapes-bundle", sorted((output / "shapes" / "images").iterdir())[:PARITY_IMAGES])
+    with load(output / "shapes-bundle", "onnxruntime", threads=threads) as predictor:
+        with _step(f"Validating {len(POLICIES)} grid policies on the shapes", "validation", seconds):
+            dataset = read_coco(output / "shapes")
             validation = validate(predictor, dataset, POLICIES)
         with _step("Writing the report", "report", seconds):
             write_json(output / "validation.json", validation)
             write_report(validation, output / "report.html", example_pictures(predictor, dataset, PICTURES))
     paths = {name: str(output / name) for name in PRODUCTS}
-    return {"paths": paths, "seconds": seconds, "export": exported, "stream": streamed, "policies": validation["policies"]}
+    return {
+        "paths": paths,
+        "seconds": seconds,
+        "export": exported,
+        "stream": streamed,
+        "photo": found,
+        "policies": validation["policies"],
+    }
+
+
+def _export(checkpoint: Path, bundle: Path, images: list[Path]) -> dict[str, Any]:
+    """Export a checkpoint, and build its engine; returns the result of the export."""
+    from export.export import export_bundle
+    from export.onnxruntime_engine import build_onnxruntime
+    from runtime.bundle import Bundle
+
+    exported = export_bundle(checkpoint, bundle, None, images)
+    build_onnxruntime(Bundle.open(bundle))
+    return exported
+
+
+def _copy_clip(output: Path) -> None:
+    """Copy the clip that comes with the package, and write one of its frames as the photo."""
+    import itertools
+
+    import dynamask
+    from dynamask.data.coco_writer import write_image
+    from runtime.files import atomic_path
+    from runtime.sources import open_source
+
+    with atomic_path(output / "clip.mp4") as temporary:
+        shutil.copyfile(Path(dynamask.__path__[0]) / "assets" / CLIP, temporary)
+    with open_source(output / "clip.mp4") as source:
+        write_image(output / "photo.jpg", next(itertools.islice(source, PHOTO_FRAME, None)).image)
+
+
+def _photo(predictor: Predictor, output: Path) -> list[str]:
+    """Write the annotated photo; returns the names of the classes found, by falling score."""
+    from dynamask.data.coco_writer import write_image
+    from runtime.annotate import annotate
+    from runtime.images import read_image
+
+    image = read_image(output / "photo.jpg")
+    instances = predictor(image, min_score=SCORE)
+    write_image(output / "annotated.jpg", annotate(image, instances, SCORE))
+    return [instances.classes[label].name for label in instances.labels]
 
 
 def clear(output: Path) -> None:
@@ -148,7 +209,7 @@ def _stream(predictor: Predictor, video: Path, output: Path) -> dict[str, Any]:
 
     source = open_source(video)
     sinks = [VideoSink(output / "annotated.mp4", source.frame_rate), JsonLinesSink(output / "detections.jsonl")]
-    return run_stream(predictor, source, sinks).to_dict()
+    return run_stream(predictor, source, sinks, score=SCORE).to_dict()
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -156,7 +217,7 @@ def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(markup=False, highlight=False)
-    table = Table()
+    table = Table(title="on drawn shapes, whose masks are exact", title_justify="left")
     for column in ("policy", "mask AP", "boundary AP", "GMAC per instance", "mask branch ms", "image ms"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, policy in result["policies"].items():
@@ -165,14 +226,16 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(name, *(_figure(value, 4 if i == 2 else 1) for i, value in enumerate(figures)))
     console.print(table)
     stream, paths = result["stream"], result["paths"]
-    console.print(f"video: {stream['frames']} frames, {stream['fps']:.1f} frames/s")
+    console.print(f"clip: {stream['frames']} frames, {stream['fps']:.1f} frames/s")
+    console.print(f"photo: {', '.join(result['photo']) or 'nothing'}")
     console.print(f"all steps: {sum(result['seconds'].values()):.0f} s")
     console.print("Look at:", style="bold")
     for name, description in (
-        ("report.html", "accuracy and latency of each policy; open it in a browser"),
-        ("annotated.mp4", "the video with masks, coloured by the grid of each instance"),
-        ("detections.jsonl", "the detections of the video, one line of JSON per frame"),
-        ("bundle", "the exported model, for dynamask predict, stream and validate"),
+        ("annotated.mp4", "the clip with masks, coloured by the grid of each instance"),
+        ("annotated.jpg", "the photo with masks"),
+        ("detections.jsonl", "the detections of the clip, one line of JSON per frame"),
+        ("report.html", "accuracy and latency of each policy on drawn shapes; open it in a browser"),
+        ("bundle", "the exported model of everyday things, for dynamask predict and stream"),
     ):
         console.print(f"  {paths[name]}  {description}", soft_wrap=True)
 

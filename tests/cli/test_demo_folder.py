@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cli.demo import PRODUCTS, clear
+import dynamask
+from cli.demo import CLIP, PHOTO_FRAME, PRODUCTS, _copy_clip, clear
 from runtime.errors import InputError
+from runtime.images import read_image
+from runtime.sources import open_source
 
 
 def test_earlier_demo_is_replaced_and_other_files_stay(tmp_path: Path) -> None:
@@ -34,3 +38,20 @@ def test_file_is_refused(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(InputError, match="is a file"):
         clear(path)
+
+
+def test_the_clip_is_short_and_its_photo_is_one_of_its_frames(tmp_path: Path) -> None:
+    _copy_clip(tmp_path)
+    clip = tmp_path / "clip.mp4"
+    assert clip.stat().st_size <= 1_500_000
+    with open_source(clip) as source:
+        assert source.frame_count is not None
+        assert source.frame_count / source.frame_rate <= 10
+        frames = [frame.image for frame in source]
+    differences = [np.abs(frame.astype(int) - read_image(tmp_path / "photo.jpg")).mean() for frame in frames]
+    assert int(np.argmin(differences)) == PHOTO_FRAME and min(differences) < 3
+
+
+def test_the_clip_is_attributed() -> None:
+    text = (Path(dynamask.__path__[0]) / "assets" / "README.md").read_text(encoding="utf-8")
+    assert CLIP in text and "CC BY 4.0" in text
