@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -139,6 +140,8 @@ def _usage_sentence(error: typer.exceptions.TyperException) -> str:
 def _unexpected_sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
         return f"This command needs {error.name}, which is not installed: run pip install -e '.[{extra}]' in the checkout."
+    if isinstance(error, FileNotFoundError) and error.filename is None and _current_folder_is_gone():
+        return "The current folder was removed: change to another one (cd), and run the command again."
     if isinstance(error, OSError) and error.strerror:
         _, way_out = failure(error, "check the path, its permissions and the disk")
         return f"{error.filename or 'A file'} could not be read or written ({error.strerror}): {way_out}."
@@ -147,6 +150,14 @@ def _unexpected_sentence(error: Exception) -> str:
     lines = str(error).splitlines()
     cause = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return f"An unexpected error ({cause}): please report it with what DYNAMASK_TRACEBACK=1 shows."
+
+
+def _current_folder_is_gone() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ TARGETS = {
     "onnxruntime": "runtime.targets.onnxruntime:OnnxRuntimeTarget",
 }
 """Name -> `module:class` of its `runtime.targets.base.Target`; the fastest first."""
+MAX_THREADS = 1024
+"""More CPU threads are refused: to start them takes minutes."""
 DEFAULT = "onnxruntime"
 """Runs everywhere."""
 
@@ -58,8 +60,8 @@ def open_engine(bundle: Bundle, target: str = "auto", threads: int | None = None
     Raises:
         InputError: no such target, its library, its driver or its GPU is missing, or its engine is not built or does not load.
     """
-    if threads is not None and threads < 1:
-        raise InputError(f"{threads} threads cannot run an engine; give 1 or more.")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+        raise InputError(f"{threads} threads cannot run an engine; give 1 to {MAX_THREADS}.")
     if target == "auto":
         target = next((name for name in TARGETS if name in bundle.manifest.engines and _runs_here(name)), DEFAULT)
     found = find_target(target)

@@ -142,6 +142,16 @@ def test_a_file_that_the_system_refuses_is_named(monkeypatch: pytest.MonkeyPatch
     assert "model.onnx could not be read or written (Permission denied): check" in capsys.readouterr().err
 
 
+def test_a_removed_current_folder_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("x").absolute()
+    assert run_raising(monkeypatch, caught.value) == 1
+    assert capsys.readouterr().err == "The current folder was removed: change to another one (cd), and run the command again.\n"
+
+
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run_raising(monkeypatch, ModuleNotFoundError("No module named 'torch.nn'", name="torch.nn"))
     assert "'.[train]'" in capsys.readouterr().err

@@ -223,8 +223,9 @@ def test_a_wrong_call_is_refused(predictor, bundle):
     for changes in ({"budget_gmacs": -1.0}, {"budget_gmacs": float("nan")}, {"grid_override": 5}):
         with pytest.raises(InputError):
             predictor(WHITE, **changes)
-    with pytest.raises(InputError, match="threads"):
-        load(bundle, threads=0)
+    for threads in (0, 100_000, 1.5):
+        with pytest.raises(InputError, match="threads"):
+            load(bundle, threads=threads)
     with pytest.raises(InputError, match="not a target"):
         load(bundle, target="abacus")
 

@@ -154,8 +154,14 @@ def broken(images: Path, folder: Path, count: int) -> dict[str, Any]:
 @pytest.mark.usefixtures("stand_in")
 def test_broken_images_are_skipped_and_resuming_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path) -> None:
     config = tiny(**broken(images, tmp_path / "data", 3))
+    annotations = tmp_path / "data" / "instances.json"
+    tree = json.loads(annotations.read_text())
+    tree["annotations"].append(tree["annotations"][0] | {"id": 10**6, "category_id": 10**6})
+    annotations.write_text(json.dumps(tree))
     straight = trainer.train(config, tmp_path / "straight", quiet=True)
     assert straight["skipped"] == 3
+    written = json.loads((tmp_path / "straight" / "metrics.json").read_text())
+    assert [written["data"][part]["annotations_left_out"] for part in ("train", "val")] == [{"unknown category": 1}] * 2
     listed = [json.loads(line) for line in (tmp_path / "straight" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(entry["index"] for entry in listed) == [4, 11, 18]
     assert all(f"{entry['index']:06d}.jpg" in entry["reason"] and 1 <= entry["step"] <= 15 for entry in listed)
