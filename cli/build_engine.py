@@ -12,7 +12,6 @@ from cli.options import Json
 from runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from runtime.bundle import Bundle
     from runtime.costs import MeasuredCosts
 
 Value = TypeVar("Value")
@@ -68,7 +67,6 @@ def build_engine(
     from cli.calibrate import summary
     from cli.data import parse_size
     from export import engine
-    from runtime.bundle import Bundle
     from runtime.files import check_apart, write_json
 
     check_apart([json], bundle=bundle)
@@ -79,22 +77,24 @@ def build_engine(
         phases = _Phases(progress)
         result = engine.build_engine(bundle, target, precision, capabilities, batches, canvases, phases.update)
     typer.echo(_summary(result))
-    costs = _calibrate(Bundle.open(bundle), target) if calibrate else None
+    costs = _calibrate(bundle, target) if calibrate else None
     if json is not None:
         write_json(json, result | {"costs": None if costs is None else costs.model_dump(mode="json")})
     if costs is not None:
         typer.echo(summary(costs))
 
 
-def _calibrate(bundle: Bundle, target: str) -> MeasuredCosts | None:
+def _calibrate(bundle: Path, target: str) -> MeasuredCosts | None:
     """Measured times of the engine, unless it has some; None, with a notice, where they cannot be measured."""
     from cli.calibrate import measure
+    from runtime.bundle import Bundle
     from runtime.calibration import SHORT
 
-    if (known := bundle.engine(target, verify=False).costs) is not None:
+    opened = Bundle.open(bundle)
+    if (known := opened.engine(target, verify=False).costs) is not None:
         return known
     try:
-        return measure(bundle, SHORT, target)[1]
+        return measure(opened, SHORT, target)[1]
     except InputError as error:
         typer.echo(f"The engine's times were not measured: {error}", err=True)
         return None

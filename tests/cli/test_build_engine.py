@@ -39,6 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return {**result, "plugins": list(nodes), "plugin_nodes": nodes, "kernels": kernels}
 
     monkeypatch.setattr(engine, "build_engine", build)
+    monkeypatch.setattr("cli.build_engine._calibrate", lambda *_: None)
     return found
 
 

@@ -19,9 +19,11 @@ COMMANDS = [
     ["demo"],
     ["doctor"],
     ["train"],
+    ["finetune"],
     ["ablate"],
     ["export"],
     ["build-engine"],
+    ["calibrate"],
     ["predict"],
     ["stream"],
     ["validate"],
@@ -60,7 +62,7 @@ def test_help_of_each_command_explains_json(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["predict"], ["stream"], ["validate"], ["demo"], ["bench", "routing"], ["bench", "latency"]], ids=" ".join
+    "command", [["predict"], ["stream"], ["validate"], ["calibrate"], ["demo"], ["bench", "routing"], ["bench", "latency"]], ids=" ".join
 )
 def test_each_command_that_runs_an_engine_takes_its_threads(command: list[str]) -> None:
     assert "--threads" in CliRunner().invoke(cli.main.app, [*command, "--help"], env={"COLUMNS": "200"}).output
@@ -71,7 +73,17 @@ def test_the_help_names_every_kind_of_grid_policy(command: str) -> None:
     from runtime.policies import parse_policy
 
     result = CliRunner().invoke(cli.main.app, [command, "--help"], env={"COLUMNS": "1000"})
-    for policy in ("routed", "routed@50%", "routed@0.6gmac", "uniform-14", "uniform-28", "uniform-56", "uniform-112", "size-based"):
+    for policy in (
+        "routed",
+        "routed@50%",
+        "routed@0.6gmac",
+        "routed@20ms",
+        "uniform-14",
+        "uniform-28",
+        "uniform-56",
+        "uniform-112",
+        "size-based",
+    ):
         assert policy in result.output
         assert parse_policy(policy, dict.fromkeys((14, 28, 56, 112), 1.0)).name == policy
 

@@ -144,6 +144,8 @@ def test_as_many_images_at_a_time_as_the_engine_takes(bundle, synthetic, tmp_pat
     for result in (expected, found):
         for record in result["images"]:
             assert len(record["detections"]) == 4 and record.pop("times_ms")
+            # The images of a run share its predicted time.
+            assert record.pop("predicted_ms")["detector"] > 0
     assert found == expected
     for name in ("a", "c", "d", "e"):
         pictures = [(tmp_path / folder / f"{name}.png").read_bytes() for folder in ("alone", "together")]

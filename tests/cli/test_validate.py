@@ -24,6 +24,7 @@ def result() -> dict[str, Any]:
         "gmacs": 1.406,
         "share": {"14": 0.25, "28": 0.25, "56": 0.25, "112": 0.25},
         "latency_ms": {part: {"p50": 1234.5, "p95": 2345.6, "p99": 3456.7} for part in LATENCIES},
+        "predicted": {key: {"ms": 1234.5, "ratio": 0.987} for key in ("masks", "frame")},
     }
     dataset = {"name": "shapes/instances.json", "images": 40, "annotations_left_out": {"empty mask": 17}}
     skipped = [{"image": "torn.jpg", "reason": "torn.jpg is truncated; copy it again."}]
@@ -38,8 +39,8 @@ def test_the_tables_fit_a_terminal_of_80_columns(
     printed = capsys.readouterr().out
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
     for policy in result["policies"]:
-        assert printed.count(f" {policy} ") == 3
-    assert "1.406" in printed and "25/25/25/25" in printed and "3456.7" in printed
+        assert printed.count(f" {policy} ") == 4
+    assert "1.406" in printed and "25/25/25/25" in printed and "3456.7" in printed and "0.99" in printed
     assert "skipped torn.jpg" in printed and "left out 17 annotations: empty mask" in printed
 
 
