@@ -57,9 +57,6 @@ class FakePredictor:
     def check_budget(self, budget_gmacs: float, budget_ms: float) -> None:
         """Any can be kept."""
 
-    def costs_notice(self) -> None:
-        """There is none."""
-
     def __call__(
         self,
         image: np.ndarray[Any, np.dtype[np.uint8]],
