@@ -12,7 +12,7 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -293,6 +293,15 @@ def read_coco(data: str | os.PathLike[str], images: str | os.PathLike[str] | Non
         if repair:
             repaired[repair] += 1
     return CocoData(path, folder, records, categories, annotations, dict(left_out), dict(repaired))._require_usable()
+
+
+def first_other_class(first: Mapping[int, str], second: Mapping[int, str]) -> tuple[int, str, str] | None:
+    """The lowest id at which two lists of classes (id -> name) differ, and what each has there, for a sentence; None if they are equal."""
+    for number in sorted(first.keys() | second.keys()):
+        if first.get(number) != second.get(number):
+            ours, theirs = (repr(classes[number]) if number in classes else "absent" for classes in (first, second))
+            return number, ours, theirs
+    return None
 
 
 # Files

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.budget import BudgetKeeper
-from runtime.coco import MISSING_FILE, CocoData, CocoImage
+from runtime.coco import MISSING_FILE, CocoData, CocoImage, first_other_class
 from runtime.coco_metrics import evaluate_coco
 from runtime.errors import InputError
 from runtime.graph import GRIDS, MSM
@@ -122,15 +122,13 @@ def check_classes(classes: Sequence[tuple[int, str]], dataset: CocoData) -> None
     Raises:
         InputError: an identifier or a name differs, or one of the two has more classes.
     """
-    ours = dict(sorted(classes))
     theirs = {category.id: category.name for category in dataset.categories}
-    for identifier in sorted(ours.keys() | theirs.keys()):
-        if ours.get(identifier) != theirs.get(identifier):
-            bundle, data = (repr(classes[identifier]) if identifier in classes else "absent" for classes in (ours, theirs))
-            raise InputError(
-                f"{dataset.name}: class {identifier} is {data} in the data set and {bundle} in the bundle; "
-                "validate on the classes that the bundle was trained on."
-            )
+    if (difference := first_other_class(dict(classes), theirs)) is not None:
+        identifier, bundle, data = difference
+        raise InputError(
+            f"{dataset.name}: class {identifier} is {data} in the data set and {bundle} in the bundle; "
+            "validate on the classes that the bundle was trained on."
+        )
 
 
 class _Run:

@@ -19,6 +19,7 @@ from dynamask.data.shapes import ShapesDataset
 from dynamask.distributed import World
 from dynamask.train.interruption import ignore_signals
 from dynamask.train.schedule import Schedule, StepSampler
+from runtime.coco import first_other_class
 from runtime.errors import InputError
 
 VAL_SEED_OFFSET = 1_000_003
@@ -32,10 +33,12 @@ def training_and_validation(config: Config) -> tuple[TrainingItems, LabelledData
         InputError: a file is missing or does not fit, or the two have different classes.
     """
     train_set, val_set = training_items(config), validation_set(config)
-    if train_set.classes != val_set.classes:
-        part = config.data.val_annotations or config.data.root
+    names = ({entry["id"]: entry["name"] for entry in part.classes} for part in (train_set, val_set))
+    if (difference := first_other_class(*names)) is not None:
+        number, training, validation = difference
         raise InputError(
-            f"{part}: the validation images have other classes than the training images: use the same list of classes in both."
+            f"{config.data.val_annotations or config.data.root}: class {number} is {validation} for the validation images and {training} "
+            "for the training images: use the same list of classes in both."
         )
     return train_set, val_set
 

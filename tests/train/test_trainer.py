@@ -149,6 +149,17 @@ def test_coco_needs_its_files(tmp_path: Path) -> None:
         trainer.train(tiny(data__kind="coco"), tmp_path / "none", quiet=True)
 
 
+def test_classes_that_differ_between_training_and_validation_are_named(tmp_path: Path, images: Path) -> None:
+    tree = json.loads((images / "instances.json").read_text())
+    tree["categories"][1]["name"] = "moon"
+    (tmp_path / "val.json").write_text(json.dumps(tree))
+    files = {"train_annotations": images / "instances.json", "val_annotations": tmp_path / "val.json"}
+    folders = dict.fromkeys(("train_images", "val_images"), images / "images")
+    config = tiny(data__kind="coco", **{f"data__{name}": str(path) for name, path in (files | folders).items()})
+    with pytest.raises(InputError, match=r"val\.json: class 2 is 'moon' for the validation images and 'rounded_box' for the training"):
+        trainer.train(config, tmp_path / "run", quiet=True)
+
+
 def test_the_msm_is_calibrated_once_after_the_last_step(tmp_path: Path, fixed_figures: None, informative: None) -> None:
     config = tiny(train__calibration_detections=8, model__score_threshold=0.0)
     result = trainer.train(config, tmp_path, quiet=True)
