@@ -72,6 +72,12 @@ def stream(
         float | None,
         typer.Option(min=1, metavar="MS", help="Leave out frames of live sources captured longer ago than this; 1000 by default."),
     ] = None,
+    deadline_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=1, metavar="MS", help="Files: choose the grids so that each frame is done within this time, after dynamask calibrate."
+        ),
+    ] = None,
     grid: Grid = "routed",
     score: Score = 0.3,
     limit: Limit = None,
@@ -100,10 +106,14 @@ def stream(
         if config is not None or any(_is_live(text) for text in texts):
             if frames_dir is not None:
                 raise InputError("--frames-dir is for files; take --output or --jsonl for live sources.")
+            if deadline_ms is not None:
+                raise InputError("--deadline-ms is for files; take --grid routed@20ms for live sources.")
             outputs = OutputSettings(video=output, jsonl=jsonl, parquet=parquet, mqtt=mqtt, publish=publish)
             _run_service(_service_settings(texts, config, outputs, max_age_ms, grid, score), bundle, target, threads, limit, json)
         else:
-            _run_files([Path(text) for text in texts], bundle, output, jsonl, frames_dir, grid, score, limit, target, threads, json)
+            _run_files(
+                [Path(text) for text in texts], bundle, output, jsonl, frames_dir, grid, score, limit, target, threads, json, deadline_ms
+            )
 
 
 def _is_live(source: str) -> bool:
@@ -127,6 +137,7 @@ def _run_files(
     target: str,
     threads: int | None,
     json: Path | None,
+    deadline_ms: float | None,
 ) -> None:
     """Run files one after the other, each to its end."""
     from runtime.bundle import Bundle
@@ -143,7 +154,7 @@ def _run_files(
         predictor.check_budget(policy.budget_gmacs, policy.budget_ms)
         results = []
         for source, outputs in zip(sources, plans, strict=True):
-            results.append(_run(predictor, source, outputs, policy, score, limit))
+            results.append(_run(predictor, source, outputs, policy, score, limit, deadline_ms))
             if results[-1]["interrupted"]:
                 break
     if json is not None:
@@ -272,7 +283,9 @@ def _unique_names(sources: list[Path]) -> list[str]:
     return [stem if stems.count(stem) == 1 else f"{stem}-{i + 1}" for i, stem in enumerate(stems)]
 
 
-def _run(predictor: Predictor, path: Path, outputs: dict[str, Path], policy: Policy, score: float, limit: int | None) -> dict[str, Any]:
+def _run(
+    predictor: Predictor, path: Path, outputs: dict[str, Path], policy: Policy, score: float, limit: int | None, deadline_ms: float | None
+) -> dict[str, Any]:
     from runtime.sources import open_source
     from runtime.stream import run_stream
 
@@ -281,7 +294,9 @@ def _run(predictor: Predictor, path: Path, outputs: dict[str, Path], policy: Pol
         total = min(filter(None, (limit, source.frame_count)), default=None)
         with _progress() as progress:
             task = progress.add_task(path.name, total=total)
-            report = run_stream(predictor, source, sinks, policy, score, limit, lambda done: progress.update(task, completed=done))
+            report = run_stream(
+                predictor, source, sinks, policy, score, limit, lambda done: progress.update(task, completed=done), deadline_ms
+            )
     _print(path, outputs, report)
     return {"source": str(path), "outputs": {kind: str(place) for kind, place in outputs.items()}, **report.to_dict()}
 
@@ -344,6 +359,10 @@ def _print(path: Path, outputs: dict[str, Path], report: StreamReport) -> None:
     if report.gmacs is not None:
         shares = ", ".join(f"{share:.0%} at {grid}" for grid, share in report.share.items())
         console.print(f"{report.instances} instances, {report.gmacs:.3f} GMAC per instance; grids: {shares}")
+    if report.deadline is not None:
+        console.print(
+            f"deadline of {report.deadline['ms']:g} ms: {report.deadline['missed']} of {report.deadline['frames']} frames were later"
+        )
     console.print(f"peak memory: {report.peak_rss_mb:.0f} MB")
     table = Table("latency, ms", *QUANTILES)
     for part, values in report.latency_ms.items():

@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from runtime.budget import BudgetKeeper
+from runtime.graph import MSM
 from runtime.policies import ROUTED, Policy, parse_policy
 from runtime.statistics import RunStatistics, timed_prediction
 from runtime.streams.address import Address
+from runtime.streams.deadline import Deadline
 from runtime.streams.output import QUEUED_FRAMES, Output
 from runtime.streams.pipeline import Pipeline
 from runtime.streams.reader import Reader, SourceSettings
+from runtime.targets.base import check_counts_ms
 
 if TYPE_CHECKING:
     from runtime.frames import Frame, Source
@@ -66,6 +69,9 @@ class StreamReport:
     peak_rss_mb: float
     """The largest resident memory of the process so far, in MB (10^6 bytes)."""
 
+    deadline: dict[str, Any] | None = None
+    """`ms`, `frames` and `missed` (the frames that took longer) under a deadline."""
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
         return asdict(self)
@@ -79,6 +85,7 @@ def run_stream(
     score: float = 0.3,
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
+    deadline_ms: float | None = None,
 ) -> StreamReport:
     """Run a predictor on every frame of a source and write the results to the sinks; source and sinks are closed afterwards.
 
@@ -114,10 +121,15 @@ def run_stream(
     predictor.check_budget(chosen.budget_gmacs, chosen.budget_ms)
     keeper = BudgetKeeper(chosen.budget_gmacs, grid_gmacs)
     statistics = RunStatistics(grid_gmacs)
+    deadline = None if deadline_ms is None else Deadline(deadline_ms, check_counts_ms(predictor.engine))
     start = time.perf_counter()
 
     def segment(_: str, frame: Frame, age_s: float) -> tuple[Frame, Instances]:
-        instances = timed_prediction(predictor, frame.image, keeper.budget_gmacs(), chosen.grid_override, score, chosen.budget_ms)
+        if deadline is not None:
+            instances = timed_prediction(predictor, frame.image, 0.0, MSM, score, deadline.budget_ms())
+            deadline.add(instances)
+        else:
+            instances = timed_prediction(predictor, frame.image, keeper.budget_gmacs(), chosen.grid_override, score, chosen.budget_ms)
         keeper.spend(instances.grids)
         statistics.add(instances)
         return frame, instances
@@ -137,6 +149,7 @@ def run_stream(
         seconds=seconds,
         fps=frames / seconds,
         peak_rss_mb=_peak_rss_mb(),
+        deadline=None if deadline is None else deadline.report(),
         **statistics.summary(),
     )
 
