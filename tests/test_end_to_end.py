@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from export.parity import BOX_TOLERANCE, MASK_TOLERANCE, SCORE_TOLERANCE
 from runtime.bundle import MODEL, Bundle
 from runtime.carried import carried_checkpoint
 from runtime.coco import read_coco
+from runtime.costs import GridCost
 from runtime.errors import InputError
 from runtime.predictor import Predictor, load
 from runtime.preprocess import letterbox_normalise
@@ -31,9 +33,11 @@ from runtime.sources import open_source
 from runtime.stream import run_stream
 from runtime.targets.onnxruntime import has_deform_conv
 from runtime.validate import validate
+from tests.runtime.known_costs import costs
 
 GRIDS = (14, 28, 56, 112)
 ZERO = np.zeros((), np.float32)
+NO_LIMIT = {"budget": ZERO, "total_budget": ZERO, "costs": np.array([[1, 2, 3, 4], [0, 0, 0, 0]], np.float32)}
 needs_deform_conv = pytest.mark.skipif(not has_deform_conv(), reason="this ONNX Runtime has no DeformConv: engines use the fallback")
 
 
@@ -107,7 +111,7 @@ def test_a_stage_runs_on_its_instances_and_no_others(bundle: Path, image: np.nda
     override = np.arange(100) % 4
     for grids in (override, np.zeros_like(override), np.full_like(override, 3)):
         names = ["grids", *(node.output[0] for node in nodes)]
-        given, *batches = session.run(names, {"image": canvas, "min_score": ZERO, "budget": ZERO, "grid_override": grids})
+        given, *batches = session.run(names, {"image": canvas, "min_score": ZERO, **NO_LIMIT, "grid_override": grids})
         wanted = {GRIDS[k]: int((given >= k).sum()) for k in (1, 2, 3)}
         assert [(b.shape[2], b.shape[0]) for b in batches] == [(g, wanted[g]) for g in (28, 28, 56, 56, 112, 112)]
 
@@ -121,7 +125,7 @@ def test_the_deform_conv_fallback_gives_the_same_masks(bundle: Path, image: np.n
     feeds = {
         "image": letterbox_normalise(image, 320, 320, (0.5,) * 3, (0.5,) * 3)[0],
         "min_score": ZERO,
-        "budget": ZERO,
+        **NO_LIMIT,
         "grid_override": np.arange(100) % 4,
     }
     for ours, theirs in zip(session.run(None, feeds), peer.run(None, feeds), strict=True):
@@ -129,13 +133,28 @@ def test_the_deform_conv_fallback_gives_the_same_masks(bundle: Path, image: np.n
 
 
 def test_a_budget_is_kept_and_larger_ones_give_larger_grids(predictor: Predictor, image: np.ndarray) -> None:
-    costs = predictor.bundle.manifest.grid_gmacs
+    gmacs = predictor.bundle.manifest.grid_gmacs
     means = []
     for share in (0.1, 0.3, 0.5, 1.0):
-        found = predictor(image, budget_gmacs=share * costs[112])
-        means.append(float(np.mean([costs[int(g)] for g in found.grids])))
-        assert means[-1] <= share * costs[112] * 1.00001
+        found = predictor(image, budget_gmacs=share * gmacs[112])
+        means.append(float(np.mean([gmacs[int(g)] for g in found.grids])))
+        assert means[-1] <= share * gmacs[112] * 1.00001
     assert means == sorted(means)
+
+
+def test_a_budget_in_milliseconds_is_kept_by_the_predicted_time(
+    predictor: Predictor, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = costs(grids={grid: GridCost(fixed_ms=2 + 0.1 * k, instance_ms=1 + k) for k, grid in enumerate(GRIDS)})
+    monkeypatch.setattr(predictor.engine, "costs", known)
+    count, free = len(predictor(image)), sum(predictor(image).predicted_ms.values())
+    least, spent = known.least_ms(count), []
+    for budget_ms in (least, least + 0.5 * (free - least), least + 0.9 * (free - least), free):
+        found = predictor(image, budget_ms=budget_ms + 1e-3)
+        spent.append(known.frame_ms(Counter(found.grids.tolist())))
+        assert sum(found.predicted_ms.values()) == pytest.approx(spent[-1]) and spent[-1] <= budget_ms + 2e-3
+    assert spent == sorted(spent) and spent[0] == pytest.approx(least) and spent[-1] == pytest.approx(free)
+    assert least < spent[2] < free
 
 
 def test_detections_below_min_score_have_no_mask(predictor: Predictor, image: np.ndarray) -> None:
