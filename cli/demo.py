@@ -32,14 +32,14 @@ CLIP = "office.mp4"
 MARK = ".dynamask-demo"
 """A file of this name marks a folder as the demo's own: a later demo may replace its files."""
 PRODUCTS = (
-    "bundle",
-    "clip.mp4",
+    "everyday",
+    "video.mp4",
     "annotated.mp4",
     "detections.jsonl",
     "photo.jpg",
     "annotated.jpg",
     "shapes",
-    "shapes-bundle",
+    "bundle",
     "validation.json",
     "report.html",
 )
@@ -96,17 +96,17 @@ def run_demo(output: Path, threads: int | None = None) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     _copy_clip(output)
     with _step("Exporting the model of everyday things to ONNX, compared with PyTorch", "export", seconds):
-        exported = _export(everyday, output / "bundle", [output / "photo.jpg"])
-    with load(output / "bundle", "onnxruntime", threads=threads) as predictor:
+        exported = _export(everyday, output / "everyday", [output / "photo.jpg"])
+    with load(output / "everyday", "onnxruntime", threads=threads) as predictor:
         with _step("Streaming the clip: decoding, segmenting, drawing, encoding", "stream", seconds):
-            streamed = _stream(predictor, output / "clip.mp4", output)
+            streamed = _stream(predictor, output / "video.mp4", output)
         with _step("Finding the things in a photo", "photo", seconds):
             found = _photo(predictor, output)
     with _step(f"Drawing {IMAGES} images of shapes that no model has seen", "images", seconds):
         write_dataset(output / "shapes", IMAGES, SEED)
     with _step("Exporting the model of drawn shapes", "shapes export", seconds):
-        _export(drawn, output / "shapes-bundle", sorted((output / "shapes" / "images").iterdir())[:PARITY_IMAGES])
-    with load(output / "shapes-bundle", "onnxruntime", threads=threads) as predictor:
+        _export(drawn, output / "bundle", sorted((output / "shapes" / "images").iterdir())[:PARITY_IMAGES])
+    with load(output / "bundle", "onnxruntime", threads=threads) as predictor:
         with _step(f"Validating {len(POLICIES)} grid policies on the shapes", "validation", seconds):
             dataset = read_coco(output / "shapes")
             validation = validate(predictor, dataset, POLICIES)
@@ -144,9 +144,9 @@ def _copy_clip(output: Path) -> None:
     from runtime.files import atomic_path
     from runtime.sources import open_source
 
-    with atomic_path(output / "clip.mp4") as temporary:
+    with atomic_path(output / "video.mp4") as temporary:
         shutil.copyfile(Path(dynamask.__path__[0]) / "assets" / CLIP, temporary)
-    with open_source(output / "clip.mp4") as source:
+    with open_source(output / "video.mp4") as source:
         write_image(output / "photo.jpg", next(itertools.islice(source, PHOTO_FRAME, None)).image)
 
 
@@ -235,7 +235,8 @@ def _print(result: dict[str, Any]) -> None:
         ("annotated.jpg", "the photo with masks"),
         ("detections.jsonl", "the detections of the clip, one line of JSON per frame"),
         ("report.html", "accuracy and latency of each policy on drawn shapes; open it in a browser"),
-        ("bundle", "the exported model of everyday things, for dynamask predict and stream"),
+        ("everyday", "the exported model of everyday things, for dynamask predict and stream"),
+        ("bundle", "the exported model of drawn shapes; shapes has images for it"),
     ):
         console.print(f"  {paths[name]}  {description}", soft_wrap=True)
 

@@ -18,9 +18,9 @@ def python_blocks(page: str) -> str:
 
 @pytest.fixture
 def named_files(example_files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """`demo/bundle`, `mine.bundle` and `photo.jpg` in the current folder."""
+    """`demo/bundle`, `demo/everyday`, `mine.bundle` and `photo.jpg` in the current folder."""
     (tmp_path / "demo").mkdir()
-    for name, target in (("demo/bundle", "bundle"), ("mine.bundle", "bundle"), ("photo.jpg", "photo")):
+    for name, target in (("demo/bundle", "bundle"), ("demo/everyday", "bundle"), ("mine.bundle", "bundle"), ("photo.jpg", "photo")):
         (tmp_path / name).symlink_to(example_files[target])
     monkeypatch.chdir(tmp_path)
     return example_files

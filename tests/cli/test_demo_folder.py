@@ -42,7 +42,7 @@ def test_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_clip_is_short_and_its_photo_is_one_of_its_frames(tmp_path: Path) -> None:
     _copy_clip(tmp_path)
-    clip = tmp_path / "clip.mp4"
+    clip = tmp_path / "video.mp4"
     assert clip.stat().st_size <= 1_500_000
     with open_source(clip) as source:
         assert source.frame_count is not None

@@ -39,7 +39,9 @@ def detections(images: int, height: int, width: int, classes: int) -> tuple[Oper
 
 
 @pytest.mark.parametrize(
-    ("make", "argument"), [(proposals, 100), (proposals, 1000), (proposals, 4096), (detections, 80), (detections, 1203)], ids=str
+    ("make", "argument"),
+    [(proposals, 100), (proposals, 1000), (proposals, 4096), (detections, 80), (detections, 1203)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @settings(max_examples=30, deadline=None)
 @given(images=st.integers(1, LARGEST[0]), height=SIDES, width=SIDES)
