@@ -127,7 +127,7 @@ def test_the_first_missing_file_is_named(tmp_path: Path, missing: str) -> None:
     [
         ("images", "neg_category_ids", "image 1 has no list neg_category_ids"),
         ("images", "not_exhaustive_category_ids", "image 1 has no list not_exhaustive_category_ids"),
-        ("images", "coco_url", "an image without a usable id, file_name"),
+        ("images", "coco_url", "image 1 has no file_name"),
         ("categories", "frequency", "category 1 has frequency None"),
     ],
 )

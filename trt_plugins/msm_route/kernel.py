@@ -41,17 +41,17 @@ def choose_grids(
     log_p = _log_probabilities(logits, instance, valid)
     given = tl.load(override + instance, mask=valid, other=0)
     routed = (valid & (given == MSM)).to(tl.float32)
-    weight = tl.div_rn(routed, tl.maximum(tl.sum(routed), 1.0))
+    share = tl.div_rn(1.0, tl.maximum(tl.sum(routed), 1.0))
     limits = _limit(budget), _limit(total_budget)
     own = _four(costs)
     fixed = _four(costs + 4)
 
     penalty = 0.0
     grid = _best_grid(log_p, penalty, own)
-    cost = _cost(grid, own)
+    paid = _cost(grid, own) * routed
     largest = tl.max(tl.where(routed > 0.0, grid, 0))
-    if not _within(tl.sum(cost * weight), tl.sum(cost * routed) + _cost(largest, fixed), limits):
-        penalty = _smallest_penalty(logits, n, valid, log_p, routed, weight, limits, own, fixed, BLOCK_LAMBDAS)
+    if not _within(tl.sum(paid * share), tl.sum(paid) + _cost(largest, fixed), limits):
+        penalty = _smallest_penalty(logits, n, valid, log_p, routed, share, limits, own, fixed, BLOCK_LAMBDAS)
     grid = _best_grid(log_p, penalty, own)
     grid = tl.where(given == SIZE_BASED, _size_based(boxes, instance, valid, canvas_area), grid)
     grid = tl.where((given >= 0) & (given < SIZE_BASED), given.to(tl.int32), grid)
@@ -148,7 +148,7 @@ def _limit(budget):
 
 
 @triton.jit
-def _smallest_penalty(logits, n, valid, log_p, routed, weight, limits, own, fixed, BLOCK_LAMBDAS: tl.constexpr):
+def _smallest_penalty(logits, n, valid, log_p, routed, share, limits, own, fixed, BLOCK_LAMBDAS: tl.constexpr):
     """The smallest `_indifference` of all instances that keeps to the limits; the largest plus 1 if none does."""
     largest = tl.zeros(valid.shape, tl.float32)
     for low in tl.static_range(3):
@@ -166,9 +166,9 @@ def _smallest_penalty(logits, n, valid, log_p, routed, weight, limits, own, fixe
             for high in tl.static_range(low + 1, 4):
                 lambdas = _indifference(row_log_p[low], row_log_p[high], own[high] - own[low])
                 tried = _best_grid(columns, lambdas[:, None], own)
-                cost = _cost(tried, own)
+                paid = _cost(tried, own) * routed[None, :]
                 once = _cost(tl.max(tl.where(counts, tried, 0), axis=1), fixed)
-                fits = _within(tl.sum(cost * weight[None, :], axis=1), tl.sum(cost * routed[None, :], axis=1) + once, limits)
+                fits = _within(tl.sum(paid * share, axis=1), tl.sum(paid, axis=1) + once, limits)
                 smallest = tl.minimum(smallest, tl.where((row < n) & fits, lambdas, beyond))
     return tl.min(smallest)
 

@@ -184,5 +184,5 @@ def _program(slots: int) -> tuple[int, int, int]:
     """Instances of the program, lambdas that it tries at a time, and its warps, for this many slots: as many as stay in registers."""
     block = max(power_of_two(slots), 16)
     if block <= 512:
-        return block, min(2048 // block, 16), 8
-    return block, 4 if block == 1024 else 1, 16
+        return block, min(1024 // block, 8), 8
+    return block, 2 if block == 1024 else 1, 16
