@@ -60,15 +60,18 @@ def validate(
         >>> import json, dynamask
         >>> predictor = dynamask.load(bundle)
         >>> classes = [{"id": entry.id, "name": entry.name} for entry in predictor.bundle.manifest.classes]
-        >>> triangle = {"id": 1, "image_id": 1, "category_id": classes[0]["id"], "bbox": [8, 4, 32, 32], "area": 512, "iscrowd": 0}
+        >>> first = classes[0]
+        >>> triangle = {"id": 1, "image_id": 1, "category_id": first["id"], "bbox": [8, 4, 32, 32], "area": 512, "iscrowd": 0}
         >>> triangle["segmentation"] = [[8, 4, 40, 4, 40, 36]]  # x, y, x, y, ... in pixels
         >>> images = [{"id": 1, "file_name": photo.name, "height": image.shape[0], "width": image.shape[1]}]
         >>> truth = {"images": images, "annotations": [triangle], "categories": classes}
         >>> length = (folder / "instances.json").write_text(json.dumps(truth))
         >>> dataset = dynamask.read_coco(folder / "instances.json", images=photo.parent)
         >>> result = dynamask.validate(predictor, dataset, ["routed", "uniform-28"])
-        >>> result["policies"]["uniform-28"]["share"]["28"]
-        1.0
+        >>> policies = result["policies"]
+        >>> figures = policies["uniform-28"]
+        >>> figures["share"]
+        {'14': 0.0, '28': 1.0, '56': 0.0, '112': 0.0}
     """
     manifest = predictor.bundle.manifest
     grid_gmacs = manifest.grid_gmacs

@@ -212,7 +212,8 @@ def stream(
         sources: files, folders, patterns, `rtsp://`, `rtmp://`, `http(s)://`, `udp://`, `/dev/video0` or `-`.
         policy: as for `run_stream`, by its name.
         score: instances with this score or less are left out.
-        target, threads: as for `load`.
+        target: as for `load`.
+        threads: as for `load`.
         settings: of the sources: `behind`, `max_age_ms`, `retry`, `connect_s`, `stall_s`, `transport`, `hardware`
             (`runtime.streams.reader.SourceSettings`).
 
