@@ -120,8 +120,8 @@ def test_masks_are_those_that_the_host_pastes(counts, most, monkeypatch):
                 x, y, pixels = mask.crop()
                 assert pixels.shape == crop.shape and (not crop.size or (x, y) == (left, top))
                 wrong, covered = wrong + int((pixels != crop).sum()), covered + int(crop.sum())
-        # OpenCV rounds where it samples to a 32nd of a cell: pixels at the contour may differ.
-        assert wrong <= 0.01 * covered
+        # OpenCV rounds where it samples to a 32nd of a cell: pixels at the contour may differ, before version 5 more of them.
+        assert wrong <= 0.03 * covered
         for address in held:
             driver.free(address)
     paster.free()
