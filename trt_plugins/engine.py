@@ -27,7 +27,7 @@ from runtime.targets.base import EngineOutput, GridOverride, Masks, check_fits, 
 from trt_plugins.driver import open_driver
 from trt_plugins.kernels import CompiledKernel, KernelLibrary
 from trt_plugins.launcher import KernelLauncher
-from trt_plugins.mask_paster import GridMasks, MaskPaster, rows_by_grid
+from trt_plugins.mask_paster import GridMasks, MaskPaster
 from trt_plugins.operator import DType
 from trt_plugins.plugin import register
 from trt_plugins.runtime_cache import RuntimeCache, cache_path
@@ -186,17 +186,22 @@ class TensorRTEngine:
         boxes, scores, labels, grids = (tensors[name].host[:slots].copy() for name in OUTPUTS[:4])
         masks: Masks = {}
         if frames is None:
-            masks = {grid: _masks(tensors[f"slots_{grid}"].host, tensors[f"masks_{grid}"].host, slots) for grid in GRIDS}
+            masks = {grid: (rows, tensors[f"masks_{grid}"].host[: len(rows)].copy()) for grid, rows in self._rows(slots).items()}
         detector = 1000 * (filled - start) + detected_ms
         times_ms = {"detector": detector, "masks": 1000 * (time.perf_counter() - start) - detector}
         if frames is not None:
             times_ms = {**times_ms, "masks": times_ms["masks"] - paste_ms, "paste": paste_ms}
         return EngineOutput(boxes, scores, labels, grids, masks, times_ms, pasted)
 
+    def _rows(self, slots: int) -> dict[int, npt.NDArray[np.int64]]:
+        """Grid -> copies of its rows below `slots` in the current run. The rows of a grid are in rising order, as are its logits."""
+        hosts = {grid: self._tensors[f"slots_{grid}"].host for grid in GRIDS}
+        return {grid: host[: int(np.searchsorted(host, slots))].astype(np.int64) for grid, host in hosts.items()}
+
     def _paste(self, frames: Sequence[Frame], slots: int) -> dict[int, PackedMask]:
         """Row -> its mask, of the rows below `slots` of the current run."""
         tensors = self._tensors
-        rows = rows_by_grid({grid: tensors[f"slots_{grid}"].host for grid in GRIDS}, slots)
+        rows = self._rows(slots)
         boxes = tensors["boxes"].host
         own = np.zeros((slots, 4), np.float32)
         pixels = np.zeros((slots, 4), np.int64)
@@ -368,12 +373,6 @@ def _output_allocator(trt: TensorRT, tensor: Tensor) -> tensorrt.IOutputAllocato
             tensor.shape = tuple(shape)
 
     return OutputAllocator()
-
-
-def _masks(places: npt.NDArray[Any], logits: npt.NDArray[Any], slots: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Copies of the places below `slots`, and of their logits; the places are in rising order."""
-    count = int(np.searchsorted(places, slots))
-    return places[:count].copy(), logits[:count].copy()
 
 
 def _mib(size: int) -> int:

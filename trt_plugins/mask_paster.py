@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,8 +153,3 @@ class _Buffer:
         if len(self._host):
             self._driver.free_pinned(self._host)
         self._size, self._address, self._host = 0, 0, np.empty(0, np.uint8)
-
-
-def rows_by_grid(slots: Mapping[int, npt.NDArray[Any]], rows: int) -> dict[int, npt.NDArray[np.int64]]:
-    """Grid -> its rows below `rows`; the rows of a grid are in rising order."""
-    return {grid: of_grid[: int(np.searchsorted(of_grid, rows))].astype(np.int64) for grid, of_grid in slots.items()}

@@ -186,7 +186,7 @@ def _open(address: Address, connect_s: float, stall_s: float, transport: str, ha
                 from av.codec.hwaccel import HWAccel
 
                 return av.open(place, options=options, hwaccel=HWAccel(hardware, allow_software_fallback=True), **arguments)
-            except (PermissionError, ValueError, RuntimeError, NotImplementedError):
+            except (PermissionError, ValueError, RuntimeError):
                 pass  # There is no such device: the CPU decodes.
         return av.open(place, options=options, **arguments)
     except (av.FFmpegError, OSError, ValueError) as error:

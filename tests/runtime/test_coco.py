@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from pycocotools import mask as mask_api
 
 from runtime.coco import CocoData, read_coco
 from runtime.errors import InputError
-from tests.fuzzing.coco import coco_documents
 
 HEIGHT, WIDTH = 16, 20
 SQUARE = [2, 3, 12, 3, 12, 9, 2, 9]
@@ -456,26 +454,3 @@ def test_a_folder_and_a_file_are_found(tmp_path: Path) -> None:
     assert read_coco(tmp_path / "instances.json", tmp_path).folder == tmp_path
     with pytest.raises(InputError, match="nowhere does not exist"):
         read_coco(tmp_path / "nowhere")
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(document=coco_documents())
-def test_any_document_is_read_or_refused(tmp_path: Path, document: bytes) -> None:
-    path = tmp_path / "instances.json"
-    path.write_bytes(document)
-    try:
-        data = read_coco(path, tmp_path)
-    except InputError as error:
-        assert str(path) in str(error)
-        str(error).encode()
-        return
-    sizes = {image.id: (image.height, image.width) for image in data.images}
-    for annotation in data.annotations:
-        assert annotation.size == sizes[annotation.image_id]
-        x, y, w, h = annotation.box
-        assert 0 <= x < x + w <= annotation.size[1] + 1e-6
-        assert 0 <= y < y + h <= annotation.size[0] + 1e-6
-        assert annotation.area > 0
-        assert mask_api.area(annotation.segmentation) > 0
-    json.dumps(data.truth, allow_nan=False).encode()
-    json.dumps([data.summary(), data.counts()], allow_nan=False).encode()

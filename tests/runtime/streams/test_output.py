@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paho.mqtt import client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from pyarrow import parquet
 
 from runtime.errors import DynaMaskError
 from runtime.frames import Frame
@@ -165,7 +170,6 @@ def test_a_killed_process_loses_two_seconds_of_video_and_no_whole_line(tmp_path:
 
 
 def test_parquet_parts_are_readable_before_the_end(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     sink = ParquetSink(tmp_path, part_s=0.0)
     for i in range(2):
         sink.write(result(i).frame, result(i).instances)
@@ -180,16 +184,12 @@ def test_parquet_parts_are_readable_before_the_end(tmp_path: Path) -> None:
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    pytest.importorskip("paho.mqtt.client", reason="paho-mqtt is not installed")
-    import shutil
-
     program = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin")
     if program is None:
         pytest.skip("mosquitto is not installed")
     port = free_port()
     (tmp_path / "m.conf").write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
     process = subprocess.Popen([program, "-c", str(tmp_path / "m.conf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    import socket
 
     def listens() -> bool:
         try:
@@ -205,9 +205,6 @@ def broker(tmp_path: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
 
 
 def test_mqtt_messages_are_lines_of_json(broker: tuple[int, subprocess.Popen[bytes]]) -> None:
-    from paho.mqtt import client as mqtt
-    from paho.mqtt.enums import CallbackAPIVersion
-
     got: list[tuple[str, dict[str, object]]] = []
     listener = mqtt.Client(CallbackAPIVersion.VERSION2)
     listener.on_message = lambda client, data, message: got.append((message.topic, json.loads(message.payload)))
