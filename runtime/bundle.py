@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from runtime.carried import bundle_folder
+from runtime.carried import CHECKPOINTS, bundle_folder
 from runtime.costs import MeasuredCosts
 from runtime.errors import InputError
 from runtime.files import atomic_path, check_folder, input_path, sha256, unwritable, write_json
@@ -272,7 +272,8 @@ class Bundle:
 
 def _read_manifest(path: Path) -> Manifest:
     if not input_path(path).is_dir():
-        raise InputError(f"{path} is not a folder; give a bundle, as dynamask export writes it.")
+        names = ", ".join(CHECKPOINTS)
+        raise InputError(f"{path} is not a folder; give a bundle, as dynamask export writes it, or the name of a model: {names}.")
     file = path / MANIFEST
     if not file.is_file():
         raise InputError(f"{path} holds no {MANIFEST}, so it is not a bundle; make one with dynamask export.")

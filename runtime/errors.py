@@ -47,7 +47,7 @@ class InputError(DynaMaskError):
         ...     dynamask.load(folder / "nothing.bundle")
         ... except dynamask.InputError as error:
         ...     print(error)
-        /...nothing.bundle is not a folder; give a bundle, as dynamask export writes it.
+        /...nothing.bundle is not a folder; give a bundle, as dynamask export writes it, or the name of a model: everyday, lite0-shapes.
     """
 
     exit_status = 2

@@ -116,8 +116,13 @@ def _first_fault(path: Path, root: yaml.Node | None, error: ValidationError) -> 
     # Without the input, which may hold a password.
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     field = ".".join(str(part + 1) if isinstance(part, int) else shortened(part) for part in fault["loc"]) or "the file"
+    where = f"{path}, line {_line(root, fault['loc'])}"
+    if fault["type"] == "missing":
+        return f"{where}: the field {field} is missing; docs/streams.md shows a whole file."
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: there is no field {field}; docs/streams.md shows a whole file."
     reason = redacted(fault["msg"].removeprefix("Value error, ").rstrip("."))
-    return f"{path}, line {_line(root, fault['loc'])}: {field} is wrong ({reason}); correct it."
+    return f"{where}: {field} is wrong ({reason}); correct it."
 
 
 def _line(node: yaml.Node | None, place: tuple[Any, ...]) -> int:

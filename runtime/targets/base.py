@@ -213,7 +213,7 @@ def check_counts_ms(engine: Engine) -> MeasuredCosts:
     if engine.costs is None:
         raise InputError(
             f"The times of the engine for {engine.target} were not measured, so that no budget in milliseconds can be kept; "
-            f"run dynamask calibrate on the bundle, with --target {engine.target}."
+            f"run dynamask calibrate BUNDLE --target {engine.target}."
         )
     return engine.costs
 
