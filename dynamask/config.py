@@ -91,7 +91,7 @@ class ModelConfig(_Strict):
     """`maskrcnn` is Mask R-CNN's head with one grid, `mask_grid`: the baseline of Table 1 (`dynamask/baselines.py`)."""
     mask_grid: Literal[14, 28, 56, 112] | None = None
     """The grid of a `maskrcnn` head: 14, 28, 56 or 112."""
-    fusion: Literal["fam", "one_deform", "conv", "add", "half_fam", "coarse", "coarse_add", "separable"] = "fam"
+    fusion: Literal["fam", "one_deform", "conv", "add", "half_fam", "coarse", "coarse_add"] = "fam"
     """Module that fuses features in the stages of the r-FPN: the paper's `fam`, or one that it is compared with (`dynamask/fam.py`)."""
     pyramid: Literal["fpn", "panet", "bifpn"] = "fpn"
     """Module between the image-level FPN and the r-FPN: `fpn` is none, the others are those of Table 11."""

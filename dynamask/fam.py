@@ -133,44 +133,9 @@ class CoarseAddition(nn.Module):
         return F.relu(self.fuse(upsampled(F.relu(self.align(region))) + crop))
 
 
-class SeparableFusion(nn.Module):
-    """Fusion at the region's resolution, on four channels for each of the output's, which become its 2 x 2 cells (sub-pixel
-    convolution, Shi et al., CVPR 2016).
-
-    The convolution is separable, and the crop's 2 x 2 cells enter as channels. Four times the channels on a quarter of the cells fill
-    the vector units of a CPU, which 8 channels do not.
-    """
-
-    def __init__(self, inputs: int, channels: int) -> None:
-        super().__init__()
-        wide = 4 * channels
-        self.fuse = nn.Conv2d(inputs + wide, wide, 1)
-        self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
-        self.pointwise = nn.Conv2d(wide, wide, 1)
-        kaiming(self.fuse, self.depthwise, self.pointwise)
-
-    def forward(self, region: Tensor, crop: Tensor) -> Tensor:
-        fused = F.relu(self.fuse(torch.cat([region, packed(crop)], dim=1)))
-        return unpacked(F.relu(fused + self.pointwise(self.depthwise(fused))))
-
-
 def upsampled(region: Tensor) -> Tensor:
     """Twice the resolution, bilinear: `[N, C, S, S] -> [N, C, 2S, 2S]`."""
     return F.interpolate(region, scale_factor=2.0, mode="bilinear", align_corners=False)
-
-
-def packed(x: Tensor) -> Tensor:
-    """2 x 2 cells as channels, `[N, C, 2S, 2S] -> [N, 4C, S, S]`: `torch.nn.functional.pixel_unshuffle`, which is wrong where N is 0."""
-    _, channels, height, width = x.shape
-    cells = x.reshape(x.shape[0], channels, height // 2, 2, width // 2, 2)
-    return cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-
-
-def unpacked(x: Tensor) -> Tensor:
-    """The inverse of `packed`, `[N, 4C, S, S] -> [N, C, 2S, 2S]`."""
-    _, channels, height, width = x.shape
-    cells = x.reshape(x.shape[0], channels // 4, 2, 2, height, width)
-    return cells.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
 FUSIONS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -181,6 +146,5 @@ FUSIONS: dict[str, Callable[[int, int], nn.Module]] = {
     "half_fam": HalfAlignedFusion,
     "coarse": CoarseFusion,
     "coarse_add": CoarseAddition,
-    "separable": SeparableFusion,
 }
 """`model.fusion` -> a stage's module, made from its numbers of input and output channels."""

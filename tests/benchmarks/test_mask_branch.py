@@ -18,7 +18,7 @@ from runtime.graph import DETECTIONS, PYRAMID
 
 @torch.no_grad()
 def test_the_timed_graph_is_the_mask_branch() -> None:
-    model = LITE0.model_copy(update={"canvas": (64, 96), "fusion": "separable"})
+    model = LITE0.model_copy(update={"canvas": (64, 96), "fusion": "half_fam"})
     branch = build_mask_branch(model, bench.CLASSES).eval()
     assert isinstance(branch, DynamicMaskBranch)
     random = np.random.default_rng(0)

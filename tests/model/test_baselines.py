@@ -22,8 +22,6 @@ from dynamask.fam import (
     ConvolutionFusion,
     FeatureAggregation,
     HalfAlignedFusion,
-    packed,
-    unpacked,
 )
 from dynamask.mask_branch import DynamicMaskBranch
 from dynamask.mask_targets import grid_targets
@@ -153,9 +151,8 @@ def test_fusions_have_the_costs_of_the_formulas() -> None:
         "half_fam": 9 * c * c + 9 * 18 * 2 * c + inputs * c,
         "coarse": 9 * c * inputs,
         "coarse_add": 9 * c * inputs,
-        "separable": (inputs + 4 * c) * 4 * c + 9 * 4 * c + 16 * c * c,
     }
-    fine_cell = {"half_fam": 18 * c * c, "coarse": 18 * c * c, "coarse_add": 9 * c * c, "separable": 0}
+    fine_cell = {"half_fam": 18 * c * c, "coarse": 18 * c * c, "coarse_add": 9 * c * c}
     wanted = {fusion: macs * grid**2 + reduce for fusion, macs in per_cell.items()}
     wanted |= {fusion: macs * (grid // 2) ** 2 + fine_cell[fusion] * grid**2 for fusion, macs in coarse_cell.items()}
     assert wanted.keys() == FUSIONS.keys()
@@ -215,13 +212,6 @@ def test_every_fusion_sees_both_of_its_inputs_where_they_are(fusion: str) -> Non
     for after in (stage(changed_region, crop), stage(region, changed_crop)):
         rows, columns = torch.nonzero((after - before).abs().amax(dim=(0, 1)) > 1e-4).unbind(1)
         assert 0 <= rows.min() <= 7 <= rows.max() <= 14 and 12 <= columns.min() <= 19 <= columns.max() <= 26
-
-
-def test_cells_are_packed_as_in_pixel_unshuffle() -> None:
-    x = torch.randn(3, 4, 6, 10)
-    torch.testing.assert_close(packed(x), F.pixel_unshuffle(x, 2), atol=0, rtol=0)
-    torch.testing.assert_close(unpacked(packed(x)), x, atol=0, rtol=0)
-    assert packed(x[:0]).shape == (0, 16, 3, 5)
 
 
 @torch.no_grad()
