@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +23,13 @@ from dynamask.fam import FUSIONS
 from dynamask.mask_branch import MaskBranch
 from dynamask.model import build_mask_branch
 from dynamask.roi import image_rois
+from export.deform_conv_fallback import replace_deform_conv
 from export.graph import OPSET
 from runtime.bench import random_boxes, spread
 from runtime.errors import InputError
 from runtime.graph import DETECTIONS, GRIDS, PYRAMID
 from runtime.machine import machine
-from runtime.targets.onnxruntime import PROVIDERS
+from runtime.targets.onnxruntime import PROVIDERS, has_deform_conv
 from runtime.targets.ort import ort
 from runtime.timing import take_turns
 
@@ -156,8 +158,11 @@ def _session(module: nn.Module, values: dict[str, npt.NDArray[Any]], threads: in
             module.eval(), example, dynamo=True, opset_version=OPSET, input_names=list(values), verbose=False, optimize=True
         )
         assert program is not None
+        model = onnx.shape_inference.infer_shapes(program.model_proto)
+        if not has_deform_conv():
+            replace_deform_conv(model)
         path = Path(folder, "branch.onnx")
-        program.save(path)
+        onnx.save(model, path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
